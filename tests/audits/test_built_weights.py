@@ -373,7 +373,7 @@ def test_scales_of_codes_that_are_left_out_are_no_matrices(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("config", "why"),
     [
-        (None, "int8, and no config.json beside it says how"),
+        (None, "int8, and no config.json in the same folder describes the layout"),
         ({"quantization_config": {"quant_method": "new"}}, "int8, in an unknown layout"),
         (
             {"llm_config": {"quantization_config": {"quant_method": "new"}}},

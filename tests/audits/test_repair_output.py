@@ -84,7 +84,7 @@ def test_links_that_lead_nowhere_are_copied_and_circles_refused(tmp_path: Path) 
     wc.repair(folder, tmp_path / "out", 3.0)
     assert os.readlink(tmp_path / "out" / "logs" / "latest") == "gone"
     (folder / "logs" / "up").symlink_to(folder)
-    with pytest.raises(ValueError, match="leads in a circle"):
+    with pytest.raises(ValueError, match=r"is a link to .*, which contains it"):
         wc.repair(folder, tmp_path / "again", 3.0)
     (folder / "logs" / "up").unlink()
     os.mkfifo(folder / "logs" / "pipe")

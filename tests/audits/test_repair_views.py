@@ -103,7 +103,7 @@ def test_circles_and_shared_lists_end(tmp_path: Path, monkeypatch: pytest.Monkey
     circle.append(circle)
     for content in (shared, circle, {"a": circle}):
         torch.save(content, tmp_path / "a.pt")
-        with pytest.raises(ValueError, match="but holds more, or itself"):
+        with pytest.raises(ValueError, match="but contains more or is recursive"):
             Checkpoint(tmp_path / "a.pt")
 
 

@@ -1,4 +1,4 @@
-"""Files made by hand to take memory or time far beyond their size, or to be no weights at all."""
+"""Files that try to use memory or time far beyond their size, or to pass as weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _START = b"\x80\x02"
 
 
 def get(index: int) -> bytes:
-    """The instruction that puts what was remembered onto the stack."""
+    """Returns the instruction that pushes an object from the memo."""
     return b"h" + bytes([index])
 
 
@@ -32,7 +32,7 @@ def call(name: bytes, *arguments: bytes) -> bytes:
 
 
 def doubled(first: bytes, join: bytes, times: int) -> bytes:
-    """A thing that holds one twice that holds one twice and so on; the last is `get(times)`."""
+    """Nests objects, each of which contains the previous one twice; the last is `get(times)`."""
     return first + put(0) + b"".join(join % (get(n), get(n)) + put(n + 1) for n in range(times))
 
 
@@ -42,7 +42,7 @@ def archive(pickled: bytes) -> Sample:
 
 
 def edited(content: Any, old: bytes, new: bytes, legacy: bool, compression: int = 0) -> Sample:
-    """A file of torch.save with a part of its pickle replaced."""
+    """Makes a torch.save file with a part of its pickle replaced."""
     data = saved(content, legacy)
     if legacy:
         assert old in data
@@ -55,13 +55,13 @@ def edited(content: Any, old: bytes, new: bytes, legacy: bool, compression: int 
 
 
 def compressed(pickled: bytes) -> Sample:
-    """An archive in which the pickle takes a thousandth of its length."""
+    """Makes an archive that compresses the pickle to a thousandth of its length."""
     contents = {"archive/data.pkl": _START + pickled, "archive/version": b"3\n"}
     return Sample("a.pt", {"a.pt": zipped(contents, 8)})
 
 
 def in_a_row(first: Any, second: Any) -> Sample:
-    """Two archives in one file: Python reads the last one, torch may find the first."""
+    """Joins two archives in one file: Python reads the last one, torch may find the first."""
     return Sample("a.pt", {"a.pt": saved(first) + saved(second)})
 
 
@@ -75,7 +75,7 @@ def safetensors(header: bytes, payload: bytes = b"") -> Sample:
 
 
 def beside_weights(pickled: bytes, where: str) -> Sample:
-    """A file of torch.save with what a pickle makes beside its weights."""
+    """Makes a torch.save file with the content of a pickle next to its weights."""
     around = {
         "as an object": (b"", b""),
         "as a key": (b"}", b"K\x01s"),
@@ -89,7 +89,7 @@ def beside_weights(pickled: bytes, where: str) -> Sample:
 
 
 def described(change: Callable[[Any], object]) -> Sample:
-    """A folder of torch.distributed.checkpoint, the description of which is changed."""
+    """Makes a torch.distributed.checkpoint folder with changed metadata."""
     whole = distributed()
     about = pickle.loads(whole.files[".metadata"])
     change(about.state_dict_metadata)
@@ -97,21 +97,21 @@ def described(change: Callable[[Any], object]) -> Sample:
 
 
 def repeat_chunks(tensors: Any) -> None:
-    """A list of many chunks in many places."""
+    """Puts one list of many chunks in many places."""
     one = tensors["model.layer.weight"]
     one.chunks *= 200_000
     tensors.update({f"model.{n}": one for n in range(200_000)})
 
 
 def cut_sides(tensors: Any) -> None:
-    """A chunk with more corners than there is memory."""
+    """Makes a chunk with more corners than fit into memory."""
     one = tensors["model.layer.weight"]
     one.size = torch.Size([2] * 60)
     one.chunks[0].offsets, one.chunks[0].sizes = torch.Size([0, 0]), torch.Size([1] * 60)
 
 
 def of_torchao(state: bytes) -> bytes:
-    """A weight of a class of torchao with these attributes."""
+    """Makes a weight of a torchao class with these attributes."""
     kind = b"ctorchao.quantization\nInt8Tensor\n"
     return call(
         b"torch._tensor\n_rebuild_from_type_v2",
@@ -123,7 +123,7 @@ def of_torchao(state: bytes) -> bytes:
 
 
 def of_storage(key: bytes, count: int) -> bytes:
-    """A vector of float32 in a storage of the file."""
+    """Makes a float32 vector in a storage of the file."""
     named = b"(" + text(b"storage") + b"ctorch\nFloatStorage\n" + text(key) + text(b"cpu")
     storage, length = named + b"K" + bytes([count]) + b"tQ", b"K" + bytes([count]) + b"\x85"
     return call(
@@ -132,10 +132,11 @@ def of_storage(key: bytes, count: int) -> bytes:
 
 
 def attacks() -> dict[str, tuple[str, Callable[[], Sample]]]:
-    """Exit codes of audit and repair, and how to make the file, by what it does."""
+    """Returns the exit codes of audit and repair, and the samples, by name."""
     tuples = doubled(b")", b"%s%s\x86", 40)
     short = doubled(b")", b"%s%s\x86", 17)
-    lists = doubled(b"]", b"](%s%se", 40) + b"0" * 41  # off the stack, and still remembered
+    # The lists are popped from the stack, but remain in the memo.
+    lists = doubled(b"]", b"](%s%se", 40) + b"0" * 41
     small = b"M\x03\x03"
     large, huge = b"M\x20\x4e", b"\x8a\x06\x00\x00\x00\x00\x10\x00"
     one = torch.ones(())

@@ -1,4 +1,4 @@
-"""Small real files of every format that is read. A sample is all files of one checkpoint."""
+"""Small real files of every supported format. A sample contains all files of one checkpoint."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from onnx import helper, numpy_helper
 from safetensors.torch import save
 from torch import Tensor, nn
 
-# What the samples of formats begin with of which no copies are written.
+# The beginnings of the names of samples whose formats are not copied.
 READ_ONLY = ("exported", "flax", "gguf", "keras", "npz", "npy", "onnx", "script")
 DATA = Path(__file__).with_name("data")
 KERAS = DATA / "keras"  # see write_keras.py
-CANARY = "canary"  # the file that code in a pickle makes in the working directory
+CANARY = "canary"  # the file that code in a pickle would create in the working directory
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A checkpoint: what is given to the reader, a file or "" for all of them, and the files."""
+    """A checkpoint: the file given to the reader, or "" for the folder, and all files."""
 
     path: str
     files: dict[str, bytes]
 
     def write(self, folder: Path) -> Path:
-        """Writes it, and returns what is to be read."""
+        """Writes the files, and returns the path to read."""
         folder.mkdir()
         for name, data in self.files.items():
             (folder / name).write_bytes(data)
@@ -53,7 +53,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def plain() -> dict[str, Tensor]:
-    """A state dict that both formats take: every kind of weight, and what is none."""
+    """Makes a state dict for both formats, with every kind of weight and other tensors."""
     kinds = [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
     kinds += [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool]
     tensors = {f"as_{str(kind)[6:]}.weight": randn(4, 6).to(kind) for kind in kinds}
@@ -70,7 +70,7 @@ def plain() -> dict[str, Tensor]:
 
 
 def quantised() -> dict[str, Tensor]:
-    """What quantising tools write: packed weights beside their scales."""
+    """Makes packed weights with scales, like quantisation tools."""
     return {
         "a.qweight": torch.arange(12, dtype=torch.int32).reshape(3, 4),
         "a.qzeros": torch.ones(1, 4, dtype=torch.int32),
@@ -98,7 +98,7 @@ def _views() -> dict[str, Tensor]:
 
 
 def _reads_nested() -> bool:
-    """Whether torch.load takes nested tensors for mere data: newer ones may not."""
+    """Returns whether torch.load accepts nested tensors as data; newer versions may not."""
     file = io.BytesIO()
     torch.save(torch.nested.nested_tensor([randn(2, 3), randn(1, 3)]), file)
     file.seek(0)
@@ -113,7 +113,7 @@ NESTED = _reads_nested()
 
 
 def _rare() -> dict[str, Any]:
-    """Tensors that are no plain arrays, and what else may stand beside them."""
+    """Makes tensors that are not plain arrays, and other objects."""
     return {
         "weight": nn.Parameter(randn(3, 3)),
         "complex": torch.complex(randn(3, 3), randn(3, 3, seed=1)),
@@ -145,7 +145,7 @@ def _lightning() -> dict[str, Any]:
 
 @dataclass
 class Settings:
-    """What stands beside the weights in many checkpoints: an object of a class of its own."""
+    """An object of a user's class, as many checkpoints contain it."""
 
     path: Path
     shift: Any
@@ -153,7 +153,7 @@ class Settings:
 
 
 def foreign() -> dict[str, Any]:
-    """A module that was saved whole, and objects of other classes."""
+    """Makes a complete module, and objects of other classes."""
     torch.manual_seed(0)
     settings = Settings(Path("data"), np.float64(1.5))
     settings.parent = {"again": settings}
@@ -168,23 +168,23 @@ def foreign() -> dict[str, Any]:
 
 
 def saved(content: Any, legacy: bool = False, protocol: int = 2) -> bytes:
-    """What torch.save writes."""
+    """Returns the output of torch.save."""
     file = io.BytesIO()
     torch.save(content, file, pickle_protocol=protocol, _use_new_zipfile_serialization=not legacy)
     return file.getvalue()
 
 
 def distributed() -> Sample:
-    """What torch.distributed.checkpoint saves of a process."""
+    """Makes the output of torch.distributed.checkpoint for one process."""
     state = {"model": plain() | {"linear.weight": randn(4, 3).mT}, "epoch": 3}
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there are no others
+        warnings.simplefilter("ignore")  # about missing processes
         dcp.save(state, checkpoint_id=folder)
         return Sample("", {path.name: path.read_bytes() for path in Path(folder).iterdir()})
 
 
 def slices() -> Sample:
-    """What torch.distributed.checkpoint saves of two processes as safetensors."""
+    """Makes the safetensors output of torch.distributed.checkpoint for two processes."""
     files = {}
     for number, rows in enumerate((slice(0, 3), slice(3, 5)), 1):
         tensors = {"w": randn(5, 4)[rows], "v": randn(5)[rows]}
@@ -195,7 +195,7 @@ def slices() -> Sample:
 
 
 def _arrays(save: Any) -> bytes:
-    """What NumPy writes: both orders of axes, both orders of bytes."""
+    """Makes the output of NumPy with both orders of axes and bytes."""
     file = io.BytesIO()
     kernel = randn(4, 6).numpy()
     others = {"b": kernel.T, "c": kernel.astype(">f8"), "bias": kernel[0], "n": np.arange(3)}
@@ -210,30 +210,30 @@ def _array() -> bytes:
 
 
 def of_flax(name: str) -> Sample:
-    """What flax.serialization writes; see write_flax.py."""
+    """Reads a file of flax.serialization; see write_flax.py."""
     path = DATA / "flax" / name
     return Sample(name, {name: path.read_bytes()})
 
 
 def program(freeze: bool = False) -> bytes:
-    """What torch.jit.save writes."""
+    """Returns the output of torch.jit.save."""
     file, model = io.BytesIO(), nn.Sequential(nn.Conv1d(2, 4, 3), nn.Flatten(), nn.Linear(8, 3))
     model.register_buffer("basis", randn(3, 4))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it is deprecated
+        warnings.simplefilter("ignore")  # about deprecation
         script = torch.jit.script(model.eval())
         torch.jit.save(torch.jit.freeze(script) if freeze else script, file)
     return file.getvalue()
 
 
 _CODES_OF_GGUF = {int: (4, "I"), float: (6, "f"), bool: (7, "?")}
-Block = tuple[int, tuple[int, ...], bytes]  # a kind, a shape, and bytes
+Block = tuple[int, tuple[int, ...], bytes]  # type, shape and bytes
 
 
 def gguf_file(
     tensors: Mapping[str, Block], settings: Mapping[str, Any], version: int = 3, alignment: int = 32
 ) -> bytes:
-    """A GGUF file, by the description of the format."""
+    """Makes a GGUF file by the specification of the format."""
 
     def text(value: str) -> bytes:
         return struct.pack("<Q", len(value.encode())) + value.encode()
@@ -261,7 +261,7 @@ def gguf_file(
 
 
 def _gguf() -> bytes:
-    """Numbers, blocks of q8_0 and of q4_0, a stack of experts, and a vocabulary."""
+    """Makes numbers, blocks of q8_0 and q4_0, a stack of experts, and a vocabulary."""
 
     def numbers(*shape: int) -> Block:
         return 0, shape, randn(*shape).numpy().tobytes()
@@ -296,7 +296,7 @@ def _gguf() -> bytes:
 
 
 def _onnx() -> Sample:
-    """A model of which the data lies in another file, with codes of 4 bits."""
+    """Makes a model with external data and codes of 4 bits."""
     codes = helper.make_tensor("c", onnx.TensorProto.INT4, (4, 6), [*range(-8, 4)] * 2)
     scales = numpy_helper.from_array(randn(4, 2).numpy(), "s")
     weight = numpy_helper.from_array(randn(6, 5).numpy(), "w")
@@ -320,7 +320,7 @@ def _onnx() -> Sample:
 
 
 def exported() -> bytes:
-    """What torch.export.save writes, of a module of which two parameters share memory."""
+    """Returns the output of torch.export.save for a module whose parameters share memory."""
 
     class Module(nn.Module):
         def __init__(self) -> None:
@@ -340,7 +340,7 @@ def exported() -> bytes:
 
 
 def older(data: bytes, flat: bool) -> bytes:
-    """A program of torch.export as torch 2.8 wrote it, or if `flat` as those before did."""
+    """Converts a torch.export program to the format of torch 2.8, or an earlier one if `flat`."""
     program = torch.export.load(io.BytesIO(data))
     parts = records(data)
     state, constants = (saved(dict(one)) for one in (program.state_dict, program.constants))
@@ -368,7 +368,7 @@ DESCRIBES_WEIGHTS = (
 
 
 def _older_exports(data: bytes) -> dict[str, Sample]:
-    """The same program as older torch writes it; if this one does, it is `data` already."""
+    """Returns the program in the formats of older torch; {} if this torch is old itself."""
     if not DESCRIBES_WEIGHTS:
         return {}
     kinds = {"exported, older": False, "exported, oldest": True}
@@ -376,7 +376,7 @@ def _older_exports(data: bytes) -> dict[str, Sample]:
 
 
 def corpus() -> dict[str, Sample]:
-    """Whole files by what they are."""
+    """Returns the valid files by name."""
     torch.manual_seed(0)
 
     def one(name: str, data: bytes) -> Sample:
@@ -425,7 +425,7 @@ def corpus() -> dict[str, Sample]:
         "flax in chunks": of_flax("chunked.msgpack"),
         "script": one("a.jit", program()),
         "script frozen": one("a.pt", program(freeze=True)),
-        # Of which the package that decodes them is an extra.
+        # The package that decodes GGUF is an extra.
         **({"gguf": one("a.gguf", _gguf())} if importlib.util.find_spec("gguf") else {}),
         "keras": one("a.keras", (KERAS / "convolutions.keras").read_bytes()),
         "keras weights": one("a.weights.h5", (KERAS / "half.weights.h5").read_bytes()),
@@ -438,13 +438,13 @@ def corpus() -> dict[str, Sample]:
 
 
 def records(data: bytes) -> dict[str, bytes]:
-    """The records of an archive, by name."""
+    """Returns the records of an archive by name."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         return {record.filename: archive.read(record) for record in archive.infolist()}
 
 
 def zipped(contents: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
-    """An archive of these records."""
+    """Returns an archive of these records."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", compression) as archive:
         for name, data in contents.items():

@@ -1,4 +1,4 @@
-"""What damage makes of a sample: `mutated(sample, seed)` is the same in every run."""
+"""Damages samples: `mutated(sample, seed)` returns the same result in every run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from corpus import CODES, Sample, records, zipped
 
 
 def mutated(sample: Sample, seed: int) -> Sample:
-    """The sample with one of its files damaged, or with tensors moved between two of them."""
+    """Damages one file of a sample, or moves tensors between two of its files."""
     chance = random.Random(seed)
     name = chance.choice(sorted(sample.files))
     data = sample.files[name]
@@ -42,7 +42,7 @@ def mutated(sample: Sample, seed: int) -> Sample:
 
 
 def _damaged_bytes(data: bytes, chance: random.Random) -> bytes:
-    """Bytes flipped, lost, added, doubled or exchanged; most often near the ends of the file."""
+    """Flips, removes, adds, doubles or exchanges bytes, mostly near the ends of the file."""
     changed = bytearray(data)
     for _ in range(chance.choice([1, 1, 2, 8])):
         size = len(changed)
@@ -80,11 +80,11 @@ _NUMBERS = [0, 1, -1, 2, 7, 255, 10**30]
 _NUMBERS += [2**16, 2**31 - 1, 2**31, 2**32, 2**40, 2**62, 2**63, 2**64]
 _ODD = [None, True, False, 1.5, -0.0, float("nan"), float("inf"), "", "F32", "../a", "a\x00"]
 _ODD += ["\ud800", "4", [], {}, [[]], {"bits": 4}, "x" * 5000, "<deep>", "<huge>"]
-# In the text of JSON: as deep, and as long, as Python reads it.
+# In the text of JSON: the depth and length that Python still reads.
 _IN_TEXT = {'"<deep>"': "[" * 900 + "]" * 900, '"<huge>"': "9" * 4300}
 _NAMES = ["", ".", "__metadata__", "\x1b[2J\n", "\u202ex", "\ud800", "a\x00b"]
 _KINDS = ["F64", "F32", "F16", "BF16", "F8_E4M3", "U8", "I64", "BOOL", "X", "C64"]
-# What configs call formats.
+# The names of formats in configs.
 _WORDS = (
     "gptq gptq_v2 gptq_p awq gemm gemv fp8 fbgemm_fp8 modelopt NVFP4 MXFP4 FP8 affine mxfp4 nf4 "
 )
@@ -92,7 +92,7 @@ _WORDS += "fp4 float32 bfloat16 tensor channel group block int float pack-quanti
 
 
 def _damaged_json(data: bytes, chance: random.Random) -> bytes:
-    """Valid JSON with other values and names."""
+    """Returns valid JSON with other values and names."""
     tree = json.loads(data)
     for _ in range(chance.choice([1, 1, 3])):
         places = list(_places(tree)) if isinstance(tree, dict | list) else []
@@ -122,7 +122,7 @@ def _damaged_json(data: bytes, chance: random.Random) -> bytes:
 
 
 def _other_json(data: bytes, chance: random.Random) -> bytes:
-    """JSON that is no object, or deeper than any reader follows."""
+    """Returns JSON that is not an object, or nested deeper than any reader follows."""
     deep = chance.choice([400, 900, 1_000_000])
     inner = b'{"quantization_config":'
     whole = [b"[]", b'"text"', b"3", b"null", b"NaN", b"-1e999", b"[%s]" % data, b"", b"\xff"]
@@ -132,7 +132,7 @@ def _other_json(data: bytes, chance: random.Random) -> bytes:
 
 
 def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
-    """Every value in nested dicts and lists, as what holds it and its key there."""
+    """Yields each value in nested dicts and lists, as its container and its key."""
     for key in tree if isinstance(tree, dict) else range(len(tree)):
         yield tree, key
         if isinstance(tree[key], dict | list):
@@ -158,7 +158,7 @@ class Part:
 
 
 def parts_of(data: bytes) -> tuple[dict[str, Part], dict[str, str]]:
-    """The tensors of a whole safetensors file, and its metadata."""
+    """Returns the tensors and the metadata of a valid safetensors file."""
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
     metadata = header.pop("__metadata__", {})
@@ -175,7 +175,7 @@ def _offsets(header: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, int]]]
 
 
 def file_of(parts: Mapping[str, Part], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file of these tensors."""
+    """Returns a safetensors file of these tensors."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, part in parts.items():
@@ -187,7 +187,7 @@ def file_of(parts: Mapping[str, Part], metadata: Mapping[str, str]) -> bytes:
 
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2}
 _BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1}
-# The bytes of NaN, of infinity, of the largest and of the smallest positive number.
+# The bytes of NaN, infinity, the largest and the smallest positive number.
 _EXTREMES = {
     "F32": ["0000c07f", "0000807f", "ffff7f7f", "01000000", "000080ff"],
     "F16": ["007e", "007c", "ff7b", "0100", "00fc"],
@@ -205,7 +205,7 @@ _PARTS = """
 
 
 def _damaged_tensors(data: bytes, chance: random.Random) -> bytes:
-    """A sound file of tensors that are missing, doubled, or have other shapes, dtypes or values."""
+    """Returns a valid file whose tensors are missing, doubled or changed."""
     parts, metadata = parts_of(data)
     for _ in range(chance.choice([1, 1, 1, 2, 3])):
         if not parts:
@@ -243,7 +243,7 @@ def _damaged_tensors(data: bytes, chance: random.Random) -> bytes:
 
 
 def _other_shape(shape: list[int], chance: random.Random) -> list[int]:
-    """Another one of as many entries."""
+    """Returns another shape with the same number of entries."""
     size = math.prod(shape)
     sides = [n for n in range(1, size + 1) if size % n == 0] or [0]
     side = chance.choice(sides)
@@ -253,7 +253,7 @@ def _other_shape(shape: list[int], chance: random.Random) -> list[int]:
 
 
 def _change_length(part: Part, chance: random.Random) -> None:
-    """Fewer or more entries along one side, which may become 0."""
+    """Changes the length of one dimension, which may become 0."""
     if not part.shape:
         return
     at = chance.choice([0, -1, chance.randrange(len(part.shape))])
@@ -266,7 +266,7 @@ def _change_length(part: Part, chance: random.Random) -> None:
 
 
 def _change_dtype(part: Part, chance: random.Random) -> None:
-    """Another dtype, of the same bytes, or of as many entries."""
+    """Changes the dtype, and keeps the bytes or the number of entries."""
     part.dtype = chance.choice(list(_BYTES))
     width, size = _BYTES[part.dtype], len(part.data)
     if chance.random() < 0.5 and part.shape and size % width == 0:
@@ -279,7 +279,7 @@ def _change_dtype(part: Part, chance: random.Random) -> None:
 
 
 def _change_values(part: Part, chance: random.Random) -> None:
-    """Some or all entries are zero, extreme or arbitrary."""
+    """Sets some or all entries to zero, extreme or arbitrary values."""
     width = _BYTES.get(part.dtype, 1)
     values = [bytes(width), b"\xff" * width, b"\x80" * width, chance.randbytes(width)]
     values += [b"\x7f" * width, bytes(width - 1) + b"\x80", b"\xff" * (width - 1) + b"\x7f"]
@@ -293,7 +293,7 @@ def _change_values(part: Part, chance: random.Random) -> None:
 
 
 def _change_description(part: Part, chance: random.Random) -> None:
-    """What is said in JSON inside of a tensor."""
+    """Changes the JSON that a tensor contains."""
     other = chance.choice([_damaged_json, _damaged_json, _other_json, _damaged_bytes])
     part.data = other(part.data, chance)
     part.shape = [len(part.data)]
@@ -302,7 +302,7 @@ def _change_description(part: Part, chance: random.Random) -> None:
 def _exchanged(
     files: Mapping[str, bytes], name: str, other: str, chance: random.Random
 ) -> dict[str, bytes]:
-    """Two safetensors files: of the one a tensor is moved to the other, or stored there as well."""
+    """Moves or copies a tensor from one safetensors file to another."""
     (ours, said), (theirs, there) = parts_of(files[name]), parts_of(files[other])
     moved = chance.choice(list(ours))
     theirs[moved] = replace(ours[moved]) if chance.random() < 0.5 else ours.pop(moved)
@@ -312,7 +312,7 @@ def _exchanged(
 
 
 def _damaged_chunk(data: bytes, chance: random.Random) -> bytes:
-    """One archive of many in a row damaged, with the length that the description says."""
+    """Damages one of several archives in a row, and keeps its length."""
     ends = [found.end() + 18 for found in re.finditer(b"PK\x05\x06", data)]
     starts = [0, *ends[:-1]]
     start, end = chance.choice(list(zip(starts, ends, strict=True)))
@@ -324,7 +324,7 @@ def _damaged_chunk(data: bytes, chance: random.Random) -> bytes:
 
 
 def _damaged_records(data: bytes, chance: random.Random) -> bytes:
-    """A whole archive, with right check sums, of records that are damaged."""
+    """Returns a valid archive, with correct checksums, of damaged records."""
     contents = records(data)
     for _ in range(chance.choice([1, 1, 2])):
         names = list(contents)
@@ -347,7 +347,7 @@ def _damaged_records(data: bytes, chance: random.Random) -> bytes:
     return zipped(contents, chance.choice([zipfile.ZIP_STORED] * 3 + [zipfile.ZIP_DEFLATED]))
 
 
-# Callables that are allowed, with arguments that nobody writes.
+# Allowed callables, for calls with arguments that no program writes.
 _GLOBALS = [
     b"cbuiltins\nbytearray\n",
     b"cbuiltins\nset\n",
@@ -379,7 +379,7 @@ def _number(number: int) -> bytes:
 
 
 def _damaged_pickle(data: bytes, chance: random.Random) -> bytes:
-    """One pickle, or several in a row, with instructions changed, lost, doubled or added."""
+    """Changes, removes, doubles or adds instructions of one or several pickles in a row."""
     pieces, rest = _instructions(data)
     if not pieces:
         return _damaged_bytes(data, chance)
@@ -412,13 +412,13 @@ def _damaged_pickle(data: bytes, chance: random.Random) -> bytes:
 
 
 def _instructions(data: bytes) -> tuple[list[bytes], bytes]:
-    """The instructions of the pickles that the data begins with, and what follows these."""
+    """Returns the instructions of the pickles at the beginning of the data, and the rest."""
     pieces: list[bytes] = []
     start = 0
     while start < len(data):
         try:
             places = [place for _, _, place in pickletools.genops(data[start:])]
-        except Exception:  # what follows is no pickle, or it is damaged already
+        except Exception:  # the rest is not a pickle, or is already damaged
             break
         stop = places[-1] + 1  # STOP is one byte
         ends = [*places[1:], stop]

@@ -1,11 +1,11 @@
-"""Audits and repairs damaged files, and says of each what came of it, as lines of JSON.
+"""Audits and repairs damaged files, and prints the outcome of each as a line of JSON.
 
-    python tests/files/fuzz.py FOLDER 0 5000            # damage by these seeds
-    python tests/files/fuzz.py FOLDER 1234 1235         # one of them again
+    python tests/files/fuzz.py FOLDER 0 5000            # damage with these seeds
+    python tests/files/fuzz.py FOLDER 1234 1235         # repeats one of them
 
-A file may end in an answer or in one line on standard error, within a time and within a memory.
-What it did instead is `wrong` in its line. One that kills or hangs the process is begun, and has no
-other line.
+For each file, the commands must give an answer or one line on standard error, within limits of time
+and memory. `wrong` in the line of a file states what they did instead. A file that kills or hangs
+the process has only the line that announces it.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from recipe_samples import recipe_samples
 from wellcond.cli import main
 
 SECONDS = 40
-# Beyond what the process had after the whole files: resident, and all that it may ask for.
+# Limits beyond the memory after the valid files: resident memory, and address space.
 RESIDENT, ADDRESSES = 200 << 20, 1 << 30
 
 
 def run(argv: list[str]) -> tuple[int | None, str, str]:
-    """Exit code, None of a traceback; standard error, or the traceback; standard output."""
+    """Returns the exit code, or None after an exception; stderr or the traceback; and stdout."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -54,9 +54,10 @@ def run(argv: list[str]) -> tuple[int | None, str, str]:
 
 
 def wrong_with(path: Path, folder: Path, thorough: bool) -> tuple[str, str]:
-    """What commands do with it that they must not; and their exit codes.
+    """Returns what the commands do wrong with a file and its kind, or "" and their exit codes.
 
-    These are an audit and a repair; if `thorough` also an audit with heads and a plain copy.
+    The commands are an audit and a repair, and if `thorough`, also an audit with heads and a plain
+    copy.
     """
     alone = path.is_file() and path.suffix != ".json"
     fixed = folder / (f"fixed{path.suffix}" if alone else "fixed")
@@ -75,7 +76,7 @@ def wrong_with(path: Path, folder: Path, thorough: bool) -> tuple[str, str]:
         if code == 2 and (err.count("\n") != 1 or out or not err.startswith("wellcond: error: ")):
             return f"{argv[0]}: not one line: {err!r} {out!r}", "lines"
         if any(not (c.isprintable() or c == "\n") for c in out + err):
-            return f"{argv[0]}: what a terminal would obey: {out + err!r}", "escapes"
+            return f"{argv[0]}: control characters in the output: {out + err!r}", "escapes"
         if argv[0] == "repair" and Path(argv[2]).exists() != (code == 0):
             return f"repair ended with {code}, and its output is {fixed.exists()}", "output"
     found: dict[Path, dict[str, Any]] = {}
@@ -83,7 +84,7 @@ def wrong_with(path: Path, folder: Path, thorough: bool) -> tuple[str, str]:
     for one in [path, *written] if thorough and codes[0] == "0" else written:
         code, err, out = run(["audit", str(one), "--json"])
         if code != 0:
-            return f"what was written is not read: {err}", "output"
+            return f"the output cannot be read: {err}", "output"
         found[one] = {f"{row['name']}:{row['view']}": row for row in json.loads(out)["findings"]}
         for label, row in found[one].items():
             if why := unexplained(row):
@@ -105,14 +106,14 @@ def wrong_with(path: Path, folder: Path, thorough: bool) -> tuple[str, str]:
 
 
 def same_up_to_rounding(row: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two rows may be of the same weight, of which one is stored in 16 bits."""
+    """Returns whether two rows can belong to one weight, of which one is stored in 16 bits."""
     one, two = (float(one["sigma_max"]) for one in (row, other))
-    known = all(1e-3 < size < 1e4 for size in (one, two))  # without loss of digits in float16
+    known = all(1e-3 < size < 1e4 for size in (one, two))  # without loss of precision in float16
     return not known or math.isclose(one, two, rel_tol=0.02)
 
 
 def unexplained(row: dict[str, Any]) -> str:
-    """Which number in a row of an audit is no number, without a word of why."""
+    """Returns how the numbers of a row contradict its status; "" if they do not."""
     numbers = {key: float(row[key]) for key in ("sigma_max", "sigma_min", "condition_number")}
     numbers |= {key: float(row[key]) for key in ("stable_rank", "rank")}
     if row["status"] == "ok":
@@ -125,12 +126,12 @@ def unexplained(row: dict[str, Any]) -> str:
 
 
 def peak() -> int:
-    """Bytes that were resident at most."""
+    """Returns the peak resident memory in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def examined(sample: Sample, work: Path, thorough: bool) -> tuple[str, str]:
-    """As `wrong_with`, in an empty folder and within the time."""
+    """Acts as `wrong_with`, in an empty folder and within the time limit."""
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     faulthandler.dump_traceback_later(SECONDS, exit=True)
@@ -141,7 +142,7 @@ def examined(sample: Sample, work: Path, thorough: bool) -> tuple[str, str]:
 
 
 def serve(folder: Path, seeds: range) -> None:
-    """Whole files, attacks, and files damaged by these seeds; a line before and after each."""
+    """Processes valid files, attacks and damaged files, with a line before and after each."""
     built = recipe_samples()
     samples = corpus() | built
     kinds = list(samples)
@@ -173,7 +174,7 @@ def serve(folder: Path, seeds: range) -> None:
 
 if __name__ == "__main__":
     faulthandler.enable()
-    warnings.simplefilter("ignore")  # what torch says of itself
+    warnings.simplefilter("ignore")  # warnings of torch about itself
     torch.set_num_threads(1)
     os.chdir(sys.argv[1])
     serve(Path.cwd(), range(int(sys.argv[2]), int(sys.argv[3])))

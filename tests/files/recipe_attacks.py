@@ -1,4 +1,4 @@
-"""Checkpoints made by hand to make recipes take memory or time far beyond the size of the files."""
+"""Checkpoints that try to make recipes use memory or time far beyond the size of the files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TABLE = b"".join(
 
 
 def zeros(dtype: str, *shape: int) -> Part:
-    """A tensor of bytes that are zero."""
+    """Makes a tensor of zero bytes."""
     size = {"F32": 4, "I32": 4, "U32": 4, "I64": 8, "F16": 2, "U8": 1, "I8": 1, "F8_E4M3": 1}[dtype]
     for side in shape:
         size *= side
@@ -30,7 +30,7 @@ def zeros(dtype: str, *shape: int) -> Part:
 
 
 def folder(tensors: Parts, config: Any, **others: Any) -> Sample:
-    """A model with one file; configs may be JSON, or bytes."""
+    """Makes a model with one file; configs can be JSON or bytes."""
     files = {"model.safetensors": file_of(tensors, {})}
     for name, content in {"config": config, **others}.items():
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -39,7 +39,7 @@ def folder(tensors: Parts, config: Any, **others: Any) -> Sample:
 
 
 def of_bitsandbytes(shape: list[Any]) -> Sample:
-    """A weight of 4 bits that says that it has this shape."""
+    """Makes a weight of 4 bits that declares this shape."""
     said = {"quant_type": "nf4", "blocksize": 64, "dtype": "float16", "shape": shape}
     data = json.dumps(said).encode()
     parts = {
@@ -67,7 +67,7 @@ def gptq() -> Parts:
 
 
 def packed(n: int) -> Parts:
-    """8 rows of 4 words, said to have so many codes each."""
+    """Makes 8 rows of 4 words, which declare this number of codes each."""
     return {
         "l.weight_packed": zeros("I32", 8, 4),
         "l.weight_scale": zeros("F16", 8, 1),
@@ -76,7 +76,7 @@ def packed(n: int) -> Parts:
 
 
 def hqq(*shape: int) -> Parts:
-    """A weight that says that it has this shape."""
+    """Makes a weight that declares this shape."""
     packing = b"4bit_u8"
     return {
         "l.W_q": zeros("U8", 4, 8),
@@ -98,7 +98,7 @@ def deep(levels: int, inner: bytes) -> bytes:
 
 
 def recipe_attacks() -> dict[str, tuple[str, Callable[[], Sample]]]:
-    """Exit codes of the four commands of a thorough check, and how to make the files."""
+    """Returns the exit codes of the four commands of a thorough check, and the samples."""
     group = {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "channel"}}
     groups = in_config(quant_method="compressed-tensors", config_groups={"a": group})
     settings = b'{"quant_method": "gptq", "bits": %s}'

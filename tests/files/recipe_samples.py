@@ -1,6 +1,6 @@
-"""Small checkpoints the weights of which are built by recipes: of every format, and split in parts.
+"""Small checkpoints of every format whose weights recipes build, also split over files.
 
-What libraries wrote is in tests/recipes/data; the rest is made here.
+tests/recipes/data contains the output of libraries; this module makes the rest.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _PROJECTIONS = {"q_proj": (16, 16), "k_proj": (8, 16), "v_proj": (8, 16), "o_pro
 
 
 def recipe_samples() -> dict[str, Sample]:
-    """Whole checkpoints by what they are."""
+    """Returns the valid checkpoints by name."""
     written = {folder.name: _read(folder) for folder in sorted(DATA.iterdir())}
     layers = written["bitsandbytes_layers"].files["model.safetensors"]
     classes = written.pop("torchao").files, written.pop("torchao_older").files
@@ -62,7 +62,7 @@ def recipe_samples() -> dict[str, Sample]:
 
 
 def _read(folder: Path) -> Sample:
-    """What a library wrote, without what it was to stand for."""
+    """Reads the output of a library, without the expected weights."""
     files = {one.name: one.read_bytes() for one in sorted(folder.iterdir())}
     files.pop("expected.safetensors", None)
     return Sample("", files)
@@ -78,7 +78,7 @@ def _folder(tensors: Mapping[str, Tensor], quantization: Mapping[str, Any]) -> S
 
 
 def _attention() -> dict[str, Tensor]:
-    """The layers of an attention in float8, with scales per block."""
+    """Makes the layers of attention in float8, with scales per block."""
     tensors: dict[str, Tensor] = {"model.embed_tokens.weight": randn(12, 16)}
     for seed, (name, (m, n)) in enumerate(_PROJECTIONS.items()):
         weight = f"model.layers.0.self_attn.{name}.weight"
@@ -88,10 +88,10 @@ def _attention() -> dict[str, Tensor]:
 
 
 def _parametrized() -> dict[str, Tensor]:
-    """What torch stores of weights that it computes from norms, a spectral norm or a mask."""
+    """Makes weights that torch computes from norms, a spectral norm or a mask."""
     names = parametrizations
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the older ones are deprecated
+        warnings.simplefilter("ignore")  # about deprecated functions
         layers = {
             "normed": names.weight_norm(nn.Linear(5, 4)),
             "normed_columns": names.weight_norm(nn.ConvTranspose1d(3, 4, 2), dim=1),
@@ -109,7 +109,7 @@ def _parametrized() -> dict[str, Tensor]:
 
 
 def _in_shards(sample: Sample) -> Sample:
-    """The parts of each weight in two files, which an index unites."""
+    """Splits the parts of each weight over two files with an index."""
     files = dict(sample.files)
     tensors = load(files.pop("model.safetensors"))
     shards: list[dict[str, Tensor]] = [{}, {}]
@@ -122,7 +122,7 @@ def _in_shards(sample: Sample) -> Sample:
 
 
 def _in_slices() -> Sample:
-    """Codes, scales and a plain weight in halves, which the metadata of two files join."""
+    """Makes halves of codes, scales and a plain weight, which the metadata of two files join."""
     whole = {**_attention(), "plain.weight": randn(6, 5)}
     files = {"config.json": _config(_BLOCKS)}
     for number in (0, 1):
@@ -142,9 +142,9 @@ def _in_slices() -> Sample:
 
 
 def _distributed() -> Sample:
-    """A folder of torch.distributed.checkpoint, of one process."""
+    """Makes a torch.distributed.checkpoint folder of one process."""
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there are no others
+        warnings.simplefilter("ignore")  # about missing processes
         dcp.save({**_attention(), "norm.weight": randn(4)}, checkpoint_id=folder)
         files = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
     return Sample("", files | {"config.json": _config(_BLOCKS)})

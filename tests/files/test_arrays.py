@@ -1,4 +1,4 @@
-"""Files of NumPy: what NumPy has written is read as NumPy reads it, without unpickling."""
+"""NumPy files: the readers return what NumPy wrote, without unpickling."""
 
 import math
 import re
@@ -30,7 +30,7 @@ def same(read: torch.Tensor, array: Any) -> bool:
 
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed, None])
-def test_arrays_are_those_of_numpy(tmp_path: Path, save: Any, order: Any) -> None:
+def test_arrays_equal_those_of_numpy(tmp_path: Path, save: Any, order: Any) -> None:
     source = np.random.default_rng(0)
     arrays = {
         f"{kind}{len(shape)}": np.asarray(9 * source.random(shape), kind, order=order)
@@ -57,14 +57,14 @@ def test_arrays_are_those_of_numpy(tmp_path: Path, save: Any, order: Any) -> Non
 
 
 @pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
-def test_every_version_of_the_format_is_read(tmp_path: Path, version: Any) -> None:
+def test_every_format_version_is_read(tmp_path: Path, version: Any) -> None:
     with (tmp_path / "w.npy").open("wb") as file:
         np.lib.format.write_array(file, np.diag([9.0, 1.0]), version=version)
     (finding,) = wc.audit(tmp_path / "w.npy").findings
     assert (finding.name, finding.condition_number) == ("w", 9.0)
 
 
-def test_condition_numbers_are_those_of_float64(tmp_path: Path) -> None:
+def test_condition_numbers_equal_those_of_float64(tmp_path: Path) -> None:
     source = np.random.default_rng(1)
     kernel, hwio = source.standard_normal((5, 9)), source.standard_normal((3, 3, 16, 20))
     np.savez(tmp_path / "a.npz", **{"d/kernel": kernel, "c/kernel": hwio, "arr_0": hwio[0]})
@@ -82,7 +82,7 @@ class Malicious:
 
 
 @pytest.mark.parametrize("ending", ["npy", "npz"])
-def test_objects_are_never_unpickled(
+def test_python_objects_are_never_unpickled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -101,13 +101,13 @@ def test_objects_are_never_unpickled(
     assert not Path("canary").exists()
 
 
-def test_records_alone_are_refused(tmp_path: Path) -> None:
+def test_file_with_only_records_is_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.zeros(3, dtype="f4,i4"))
     with pytest.raises(NoTensorsError, match="records"):
         wc.audit(tmp_path / "a.npy")
 
 
-def test_numbers_that_torch_lacks_are_counted_and_not_measured(tmp_path: Path) -> None:
+def test_dtypes_missing_in_torch_counted_and_skipped(tmp_path: Path) -> None:
     np.savez(
         tmp_path / "a.npz", a=np.eye(3, dtype=np.longdouble), b=np.zeros((3, 3), "V2"), w=np.eye(3)
     )
@@ -145,18 +145,18 @@ GOOD = "{'descr': '<f4', 'fortran_order': False, 'shape': (2, 2)}"
         header(GOOD.replace("False", "0")) + bytes(16),
     ],
 )
-def test_contradictions_give_one_sentence(tmp_path: Path, data: bytes) -> None:
+def test_contradictory_headers_are_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a.npy").write_bytes(data)
-    with pytest.raises(UnreadableError, match=r"must be a whole file of NumPy, but"):
+    with pytest.raises(UnreadableError, match=r"is not a valid NumPy file: "):
         wc.audit(tmp_path / "a.npy")
 
 
 def changed(path: Path, name: str, data: bytes, more: dict[str, bytes] | None = None) -> None:
-    """An archive of which a member is another."""
+    """Replaces or adds members of an archive."""
     with zipfile.ZipFile(path) as archive:
         records = {info.filename: archive.read(info) for info in archive.infolist()}
     with zipfile.ZipFile(path, "w") as archive, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # two of one name
+        warnings.simplefilter("ignore")  # two members with one name
         for one, content in [*(records | {name: data}).items(), *(more or {}).items()]:
             archive.writestr(one, content)
 
@@ -167,23 +167,23 @@ def changed(path: Path, name: str, data: bytes, more: dict[str, bytes] | None = 
         ("w.npy", b"", {}, "no header"),
         ("w.npy", header(GOOD), {}, "size of an array"),
         ("w.npy", header(GOOD) + bytes(17), {}, "size of an array"),
-        ("w.npy", header(GOOD.replace("<f4", "<q4")) + bytes(16), {}, "not one of NumPy"),
+        ("w.npy", header(GOOD.replace("<f4", "<q4")) + bytes(16), {}, "not a NumPy dtype"),
         ("w", header(GOOD) + bytes(16), {}, "same name"),
         ("x.npy", header(GOOD) + bytes(16), {"x.npy": header(GOOD) + bytes(16)}, "same name"),
     ],
 )
-def test_contradictions_in_an_archive_give_one_sentence(
+def test_contradictory_archives_are_refused(
     tmp_path: Path, name: str, data: bytes, more: dict[str, bytes], what: str
 ) -> None:
     np.savez(tmp_path / "a.npz", w=np.eye(2))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         changed(tmp_path / "a.npz", name, data, more)
-    with pytest.raises(UnreadableError, match=f"must be a whole file of NumPy, but: .*{what}"):
+    with pytest.raises(UnreadableError, match=f"is not a valid NumPy file: .*{what}"):
         wc.audit(tmp_path / "a.npz")
 
 
-def test_folders_and_other_files_of_an_archive_are_no_arrays(tmp_path: Path) -> None:
+def test_folders_and_other_files_in_archive_are_skipped(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", **{"params/w": np.eye(2)})
     changed(tmp_path / "a.npz", "params/", b"", {"notes.txt": b"text"})
     report = wc.audit(tmp_path / "a.npz")
@@ -191,19 +191,19 @@ def test_folders_and_other_files_of_an_archive_are_no_arrays(tmp_path: Path) -> 
     assert [*report.coverage.skipped] == ["notes.txt"]
 
 
-def test_an_archive_that_unpacks_to_much_more_is_refused(tmp_path: Path) -> None:
+def test_archive_bomb_is_refused(tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "a.npz", w=np.zeros((4096, 4096)))
     with pytest.raises(UnreadableError, match="would unpack from"):
         wc.audit(tmp_path / "a.npz")
 
 
-def test_what_follows_an_array_is_named(tmp_path: Path) -> None:
+def test_bytes_after_array_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.npy").write_bytes(header(GOOD) + bytes(20))
     with pytest.raises(UnreadableError, match=r"4 bytes follow it.*numpy\.savez"):
         wc.audit(tmp_path / "a.npy")
 
 
-def test_arrays_beside_weights_are_data(tmp_path: Path) -> None:
+def test_arrays_next_to_weights_are_not_read(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.eye(3))
     assert [f.name for f in wc.audit(tmp_path).findings] == ["x"]
     torch.save({"w": torch.eye(2)}, tmp_path / "a.pt")
@@ -213,14 +213,12 @@ def test_arrays_beside_weights_are_data(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", ["npz", "npy"])
-def test_a_repair_says_how_to_convert(tmp_path: Path, ending: str) -> None:
+def test_repair_error_explains_conversion(tmp_path: Path, ending: str) -> None:
     path, other = tmp_path / f"a.{ending}", tmp_path / "b.safetensors"
     W = np.asfortranarray(np.diag([9.0, 1.0, 4.0]).astype(">f4"))
     np.savez(path, w=W) if ending == "npz" else np.save(path, W)
     for target in (other, tmp_path / f"b.{ending}"):
-        with pytest.raises(
-            ValueError, match=r"cannot be repaired: it is an ar.* of NumPy"
-        ) as error:
+        with pytest.raises(ValueError, match=r"cannot be repaired: it is a NumPy ar") as error:
             wc.repair(path, target, 2.0)
         assert not target.exists()
     _, _, code = str(error.value).rstrip(".").partition("as safetensors: ")
@@ -229,10 +227,10 @@ def test_a_repair_says_how_to_convert(tmp_path: Path, ending: str) -> None:
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_rows_of_a_transposed_array_take_little_memory(
+def test_rows_of_fortran_array_need_little_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save: Any
 ) -> None:
-    """Pieces of some columns, of one, and of less than one: as of an array above the memory."""
+    """Covers pieces of several columns, of one column, and of less than one."""
     W = np.asfortranarray(np.random.default_rng(2).standard_normal((50, 3, 7)))
     save(tmp_path / "a.npz", W=W)
     file = Arrays(tmp_path / "a.npz")
@@ -250,8 +248,8 @@ def test_rows_of_a_transposed_array_take_little_memory(
 
 
 @pytest.mark.parametrize("fortran", [False, True])
-def test_rows_of_a_file_above_the_memory_are_read(tmp_path: Path, fortran: bool) -> None:
-    """Its holes take no room on the disk."""
+def test_rows_of_file_larger_than_memory_are_read(tmp_path: Path, fortran: bool) -> None:
+    """The file is sparse on the disk."""
     long, row, path = 1 << 34, 3 << 32, tmp_path / "w.npy"
     text = header(f"{{'descr': '<f4', 'fortran_order': {fortran}, 'shape': ({long}, 4)}}")
     with path.open("wb") as file:
@@ -265,11 +263,11 @@ def test_rows_of_a_file_above_the_memory_are_read(tmp_path: Path, fortran: bool)
     assert Array(path).first_row("w").tolist() == [0.0] * 4
 
 
-# --- what nothing tells ---------------------------------------------------------------------------
+# --- unknown order of axes ------------------------------------------------------------------------
 
 
-def test_where_nothing_tells_the_order_of_axes_none_is_taken(tmp_path: Path) -> None:
-    """OIHW of torch, HWIO of TensorFlow and JAX: no file of NumPy says which."""
+def test_unknown_order_of_axes_is_skipped(tmp_path: Path) -> None:
+    """A NumPy file does not tell OIHW of torch from HWIO of TensorFlow and JAX."""
     source = np.random.default_rng(3)
     arrays = {
         "arr_0": source.standard_normal((3, 3, 8, 16)),
@@ -294,9 +292,9 @@ def test_where_nothing_tells_the_order_of_axes_none_is_taken(tmp_path: Path) -> 
     assert all("guess" in f.detail for f in asked.findings)
 
 
-# Names and order of axes as others have them, and how many sides are inputs; the sides of a bias.
+# Names and shapes of weights and biases in other libraries, and the number of input axes.
 RELATIVES: dict[str, tuple[tuple[int, ...], tuple[int, ...], int]] = {
-    # Vision transformers of Google, and BiT
+    # Google's vision transformers and BiT
     "embedding/kernel": ((4, 4, 3, 12), (12,), 3),
     "Transformer/encoderblock_0/MlpBlock_3/Dense_0/kernel": ((12, 24), (24,), 1),
     "Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel": (
@@ -318,7 +316,7 @@ RELATIVES: dict[str, tuple[tuple[int, ...], tuple[int, ...], int]] = {
 }
 
 
-def test_relatives_are_read_as_they_name_and_lay_out_their_weights(tmp_path: Path) -> None:
+def test_layouts_of_other_libraries_are_recognised(tmp_path: Path) -> None:
     source, arrays, expected = np.random.default_rng(4), {}, {}
     for name, (shape, bias, inputs) in RELATIVES.items():
         arrays[name] = W = source.standard_normal(shape)
@@ -335,8 +333,8 @@ def test_relatives_are_read_as_they_name_and_lay_out_their_weights(tmp_path: Pat
     assert Reason.layout not in {why.reason for why in report.coverage.skipped.values()}
 
 
-def test_layers_of_a_scan_are_read_as_stacks_and_their_biases_as_none(tmp_path: Path) -> None:
-    """As big_vision and AlphaFold store them."""
+def test_scanned_layers_are_stacks_and_biases_skipped(tmp_path: Path) -> None:
+    """big_vision and AlphaFold store such layers."""
     drawn = np.random.default_rng(5).standard_normal
     shapes = {
         "params/Transformer/encoderblock/MlpBlock_0/Dense_0/kernel": (2, 6, 8),
@@ -368,10 +366,10 @@ def test_layers_of_a_scan_are_read_as_stacks_and_their_biases_as_none(tmp_path: 
 
 
 @pytest.mark.parametrize("kind", ["csr", "csc", "coo", "bsr", "dia"])
-def test_a_sparse_matrix_is_called_one(tmp_path: Path, kind: str) -> None:
-    """The blocks of bsr and the diagonals of dia have two axes and more."""
+def test_sparse_matrix_is_refused(tmp_path: Path, kind: str) -> None:
+    """The blocks of bsr and the diagonals of dia have two or more axes."""
     scipy.sparse.save_npz(tmp_path / "a.npz", scipy.sparse.eye(6).asformat(kind))
-    with pytest.raises(NoTensorsError, match="is a sparse matrix of SciPy") as error:
+    with pytest.raises(NoTensorsError, match="is a sparse SciPy matrix") as error:
         wc.audit(tmp_path / "a.npz")
     _, _, code = str(error.value).rstrip(".").partition("dense one: ")
     path, other = tmp_path / "a.npz", tmp_path / "b.npz"

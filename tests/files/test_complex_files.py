@@ -1,4 +1,4 @@
-"""Complex tensors of files: measured as the maps that they are, and left as they are by repair."""
+"""Complex tensors of files are measured as linear maps, and a repair leaves them unchanged."""
 
 from pathlib import Path
 
@@ -22,8 +22,8 @@ def saved(path: Path, content: dict[str, Tensor]) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "pt"])
-def test_a_complex_weight_is_measured(tmp_path: Path, kind: str) -> None:
-    """[[A, -B], [B, A]] has the singular values of A + iB, each of them twice."""
+def test_complex_weight_is_measured(tmp_path: Path, kind: str) -> None:
+    """[[A, -B], [B, A]] has each singular value of A + iB twice."""
     C = drawn(6, 4)
     (row,) = wc.audit(saved(tmp_path / f"a.{kind}", {"l.weight": C})).findings
     A, B = C.real.double(), C.imag.double()
@@ -34,7 +34,7 @@ def test_a_complex_weight_is_measured(tmp_path: Path, kind: str) -> None:
     assert row.condition_number == pytest.approx(float(sigma[0] / sigma[-1]))
 
 
-def test_complex_tensors_are_seen_as_real_ones_are(tmp_path: Path) -> None:
+def test_complex_tensors_classified_like_real_ones(tmp_path: Path) -> None:
     content = {
         "conv.weight": drawn(4, 3, 3, 3),
         "experts.w": drawn(2, 3, 4),
@@ -49,7 +49,7 @@ def test_complex_tensors_are_seen_as_real_ones_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "pt"])
-def test_repair_leaves_a_complex_weight_as_it_is(tmp_path: Path, kind: str) -> None:
+def test_repair_leaves_complex_weight_unchanged(tmp_path: Path, kind: str) -> None:
     content = {"c": drawn(5, 4), "r": drawn(5, 4).real.contiguous()}
     path, fixed = saved(tmp_path / f"a.{kind}", content), tmp_path / f"b.{kind}"
     report = wc.repair(path, fixed, 1.1)
@@ -61,8 +61,8 @@ def test_repair_leaves_a_complex_weight_as_it_is(tmp_path: Path, kind: str) -> N
         wc.repair(path, tmp_path / f"c.{kind}", 1.1, include=["c"])
 
 
-def test_what_torch_keeps_as_a_flag_is_read(tmp_path: Path) -> None:
-    """A conjugate and its imaginary part share the memory of what they are made of."""
+def test_conjugate_and_negative_bits_are_read(tmp_path: Path) -> None:
+    """A conjugate and its imaginary part share the memory of the original tensor."""
     C = drawn(4, 4)
     content = {"conjugate": C.conj(), "negative": drawn(4, 3).conj().imag}
     checkpoint = Checkpoint(saved(tmp_path / "a.pt", content))
@@ -71,10 +71,11 @@ def test_what_torch_keeps_as_a_flag_is_read(tmp_path: Path) -> None:
     wc.repair(tmp_path / "a.pt", tmp_path / "b.pt", 1.1)
     fixed = torch.load(tmp_path / "b.pt")["negative"]
     assert float(wc.condition_number(fixed)) <= 1.1
-    assert float((fixed * content["negative"]).sum()) > 0  # near what it was, not its negative
+    # The result is close to the original, not to its negative.
+    assert float((fixed * content["negative"]).sum()) > 0
 
 
-def test_two_real_columns_are_not_taken_for_a_complex_number(tmp_path: Path) -> None:
+def test_two_real_columns_are_not_a_complex_number(tmp_path: Path) -> None:
     content = {"experts.w": drawn(3, 4, dtype=torch.float32).view(3, 2, 2)}
     report = wc.audit(saved(tmp_path / "a.pt", content))
     assert {(f.label, f.dtype) for f in report.findings} == {

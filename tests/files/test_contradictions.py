@@ -1,6 +1,7 @@
-"""Parts that contradict each other, or their config: a reason, never a number; others stay.
+"""Parts that contradict each other or their config give a reason, never a number.
 
-What libraries wrote is changed in one place, and audited as a user would.
+Each test changes one place in the output of a library, and audits it as a user would. All other
+weights keep their numbers.
 """
 
 from __future__ import annotations
@@ -25,21 +26,21 @@ import wellcond as wc
 from wellcond.files.checkpoint import Checkpoint
 from wellcond.report.findings import Status
 
-PLAIN = "plain.weight"  # beside the others, to be measured whatever they hold
+PLAIN = "plain.weight"  # an extra weight that must be measured in every case
 
 samples = cache(recipe_samples)
 
 
 @dataclass
 class Opened:
-    """A checkpoint in which one file of tensors is to be changed."""
+    """A checkpoint whose file of tensors a test changes."""
 
     parts: dict[str, Part]
     metadata: dict[str, str]
     configs: dict[str, Any]
 
     def setting(self, name: str, value: Any) -> None:
-        """Changes a setting of the quantisation, in all configs that have it."""
+        """Changes a setting of the quantisation in all configs that contain it."""
         for config in self.configs.values():
             inner = config.get("quantization_config") or config.get("quantization") or config
             for one in (inner, config.get("quantization", {})):
@@ -47,31 +48,31 @@ class Opened:
                     one[name] = value
 
     def transpose(self, name: str) -> None:
-        """Exchanges the last two lengths; of a vector it makes one row."""
+        """Exchanges the last two dimensions in the shape; a vector becomes one row."""
         shape = self.parts[name].shape
         self.parts[name].shape = [*shape[:-2], *shape[:-3:-1]] if len(shape) > 1 else [1, *shape]
 
     def cut(self, name: str, side: int = 0) -> None:
-        """Halves a side, or leaves out its last entry."""
+        """Halves a dimension, or removes its last entry."""
         part = self.parts[name]
         width = len(part.data) // math.prod(part.shape)
         part.shape[side] -= max(1, part.shape[side] // 2)
         part.data = part.data[: math.prod(part.shape) * width]
 
     def fill(self, name: str, data: bytes) -> None:
-        """The same bytes for every entry."""
+        """Fills every entry with the same bytes."""
         part = self.parts[name]
         part.data = data * (len(part.data) // len(data))
 
     def describe(self, name: str, key: str, value: Any) -> None:
-        """Changes what is said in JSON inside of a tensor."""
+        """Changes a value in the JSON that a tensor contains."""
         said = json.loads(self.parts[name].data)
         said[key] = value
         data = json.dumps(said).encode()
         self.parts[name] = Part("U8", [len(data)], data)
 
     def class_setting(self, label: str, key: str, value: Any) -> None:
-        """Changes what torchao says of a weight in the metadata."""
+        """Changes a setting of torchao for a weight in the metadata."""
         said = json.loads(self.metadata[label])
         said["_data"][key] = value
         self.metadata[label] = json.dumps(said)
@@ -79,13 +80,13 @@ class Opened:
 
 @dataclass
 class Case:
-    """What is changed in a sample, the weight to which it belongs, and a part of the reason."""
+    """A change of a sample, the affected weight, and a part of the expected reason."""
 
     sample: str
     label: str
     change: Callable[[Opened], object]
     reason: str
-    also: set[str] = field(default_factory=set)  # other weights to which it belongs
+    also: set[str] = field(default_factory=set)  # other affected weights
 
 
 UP, Q = "layers.2.up_proj", "q_proj"
@@ -349,7 +350,7 @@ CASES: dict[str, Case] = {
 
 
 def open_sample(sample: Sample) -> tuple[str, Opened]:
-    """A sample with one file of tensors, and one weight more."""
+    """Opens a sample with one file of tensors, and adds one weight."""
     (file,) = [name for name in sample.files if name.endswith(".safetensors")]
     parts, metadata = parts_of(sample.files[file])
     values = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
@@ -365,7 +366,7 @@ def write(sample: Sample, file: str, opened: Opened, folder: Path) -> Path:
 
 
 def numbers(report: wc.AuditReport) -> dict[str, tuple[Any, ...]]:
-    """What was measured, by the names of tensors and views; that of a transpose is the same."""
+    """Returns the measurements by label, equal for a matrix and its transpose."""
     return {
         f.label: (f"{f.sigma_max:.9g}", f"{f.sigma_min:.9g}", *sorted(f.shape))
         for f in report.findings
@@ -374,7 +375,7 @@ def numbers(report: wc.AuditReport) -> dict[str, tuple[Any, ...]]:
 
 
 def reasons(report: wc.AuditReport, opened: Opened, label: str) -> Iterator[str]:
-    """Why the weight, or a tensor of its layer, is not measured."""
+    """Yields why the weight, or a tensor of its layer, is not measured."""
     yield from (f.detail for f in report.findings if f.name == label and f.status is Status.failed)
     layer = label.removesuffix("weight")
     skipped = report.coverage.skipped
@@ -382,7 +383,7 @@ def reasons(report: wc.AuditReport, opened: Opened, label: str) -> Iterator[str]
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_contradiction_is_a_reason_and_never_a_number(tmp_path: Path, name: str) -> None:
+def test_contradiction_gives_reason_not_number(tmp_path: Path, name: str) -> None:
     case, sample = CASES[name], samples()[CASES[name].sample]
     file, opened = open_sample(sample)
     before = numbers(wc.audit(write(sample, file, opened, tmp_path / "a")))
@@ -415,7 +416,7 @@ def halves(opened: Opened, name: str) -> tuple[Part, Part]:
         ),
     ],
 )
-def test_two_shards_with_half_of_the_scales_each_give_no_number(
+def test_scales_split_over_two_shards_give_no_number(
     tmp_path: Path, kind: str, weight: str, scale: str, indexed: bool
 ) -> None:
     _, opened = open_sample(samples()[kind])
@@ -433,8 +434,8 @@ def test_two_shards_with_half_of_the_scales_each_give_no_number(
     assert [label.rpartition("/")[2] for label in numbers(report)] == [PLAIN]
 
 
-def test_a_weight_that_cannot_be_built_leaves_the_rows_of_others(tmp_path: Path) -> None:
-    """Its parts fit, and their values do not; so with a stack, of which one matrix is damaged."""
+def test_failed_build_leaves_other_weights_measured(tmp_path: Path) -> None:
+    """The parts fit in shape, but not in value; in a stack, one matrix is damaged."""
     sample = samples()["gptq_v2"]
     file, opened = open_sample(sample)
     opened.fill(f"{UP}.g_idx", b"\x09\0\0\0")
@@ -451,8 +452,8 @@ def test_a_weight_that_cannot_be_built_leaves_the_rows_of_others(tmp_path: Path)
     assert not (tmp_path / "b").exists()
 
 
-def test_a_weight_that_cannot_be_built_cannot_be_repaired(tmp_path: Path) -> None:
-    """Which side of a square weight its u belongs to, spectral_norm does not store."""
+def test_repair_refuses_weight_that_cannot_be_built(tmp_path: Path) -> None:
+    """spectral_norm does not store to which dimension of a square weight its u belongs."""
     parts = {
         "l.weight_orig": Part("F32", [2, 2], struct.pack("<4f", 3, 1, 0, 1)),
         "l.weight_u": Part("F32", [2], struct.pack("<2f", 1, 1)),

@@ -1,4 +1,4 @@
-"""Folders of torch.distributed.checkpoint are read and repaired as torch itself loads them."""
+"""Folders of torch.distributed.checkpoint are read as torch loads them, and repaired."""
 
 import inspect
 import io
@@ -52,13 +52,13 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def whole() -> dict[str, Tensor]:
-    """Tensors of every kind, sides of which no number of processes divides."""
+    """Tensors of every kind, with dimensions that no number of processes divides."""
     return {
         "rows": drawn(5, 3),
         "columns": drawn(3, 5, seed=1),
         "both": drawn(7, 6, seed=2),
         "copied": drawn(4, 4, seed=3),
-        "one.row": drawn(1, 4, seed=4),  # a process has none of it
+        "one.row": drawn(1, 4, seed=4),  # one process has no rows of it
         "vector": drawn(7, seed=5),
         "number": torch.tensor(2.5),
         "half": drawn(6, 4, seed=6).bfloat16(),
@@ -73,7 +73,7 @@ def whole() -> dict[str, Tensor]:
     }
 
 
-# How they are cut over a mesh of one side, and of two: an int is the side that is cut.
+# How they are sharded over a 1D and a 2D mesh: an int is the sharded dimension.
 CUT: dict[str, tuple[list[int | None], list[int | None]]] = {
     "rows": ([0], [None, 0]),
     "columns": ([1], [1, None]),
@@ -93,12 +93,12 @@ CUT: dict[str, tuple[list[int | None], list[int | None]]] = {
 
 def save(state: dict[str, Any], folder: Path | str, **settings: Any) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # without processes it says that there are none
+        warnings.simplefilter("ignore")  # without a process group, torch warns
         dcp.save(state, checkpoint_id=str(folder), **settings)
 
 
 def load(folder: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What torch makes of tensors like these."""
+    """Loads tensors of these shapes and dtypes with torch."""
     state = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -107,7 +107,7 @@ def load(folder: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_all(folder: Path, sides: int) -> None:
-    """What each process does: the tensors are cut, and saved in every way."""
+    """Shards the tensors, and saves them in every format, in each process."""
     grid = mesh(*[2] * sides)
     state = {}
     for name, tensor in whole().items():
@@ -115,7 +115,7 @@ def write_all(folder: Path, sides: int) -> None:
             state[name] = tensor
             continue
         placements = [Replicate() if d is None else Shard(d) for d in CUT[name][sides - 1]]
-        if name == "transposed":  # each process holds columns that follow each other in memory
+        if name == "transposed":  # each process has contiguous columns
             turned = [Shard(1 - p.dim) if isinstance(p, Shard) else p for p in placements]
             stored = tensor.mT.contiguous()
             state[name] = distribute_tensor(stored, grid, turned, src_data_rank=None).mT
@@ -134,7 +134,7 @@ def write_all(folder: Path, sides: int) -> None:
         dcp.save(plain, storage_writer=shards)
 
 
-UNKNOWN = ("complex", "codes.narrow", "mask", "empty")  # to the writer of safetensors
+UNKNOWN = ("complex", "codes.narrow", "mask", "empty")  # the writer of safetensors
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def same(one: Tensor, other: Tensor) -> bool:
-    """Whether dtype, shape and all bits are the same."""
+    """Returns whether dtype, shape and all bits are equal."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     first, second = (t.contiguous().reshape(-1).view(torch.uint8) for t in (one, other))
@@ -160,7 +160,7 @@ def same(one: Tensor, other: Tensor) -> bool:
 
 
 def check_entries(checkpoint: Checkpoint, prefix: str, expected: dict[str, Tensor]) -> None:
-    """Raises unless all tensors are these, whole and in parts."""
+    """Raises unless all tensors, and rows of them, equal these."""
     assert set(checkpoint.where) == {prefix + name for name in expected}
     for name, tensor in expected.items():
         holder, entry = checkpoint.where[prefix + name]
@@ -186,10 +186,10 @@ SIZES = ["two", pytest.param("four", marks=pytest.mark.slow)]
 @pytest.mark.distributed
 @pytest.mark.parametrize("processes", SIZES)
 @pytest.mark.parametrize("way", WAYS)
-def test_tensors_of_several_processes_are_whole(
+def test_tensors_of_several_processes_are_joined(
     request: pytest.FixtureRequest, processes: str, way: str
 ) -> None:
-    """Cut unevenly, by rows and columns and both, copied, and all on one of the processes."""
+    """Covers uneven shards by rows, columns and both, copies, and tensors on one process only."""
     folder = request.getfixturevalue(processes) / way
     checkpoint, expected = Checkpoint(folder), whole()
     if way == "safetensors":
@@ -207,7 +207,7 @@ def test_tensors_of_several_processes_are_whole(
 @pytest.mark.distributed
 @pytest.mark.parametrize("processes", SIZES)
 @pytest.mark.parametrize("way", ["files", "threads", "nested"])
-def test_torch_loads_what_is_repaired(
+def test_torch_loads_repaired_checkpoint(
     request: pytest.FixtureRequest, tmp_path: Path, processes: str, way: str
 ) -> None:
     folder, target = request.getfixturevalue(processes) / way, tmp_path / "fixed"
@@ -215,7 +215,7 @@ def test_torch_loads_what_is_repaired(
 
 
 def check_repair(folder: Path, target: Path, prefix: str, expected: dict[str, Tensor]) -> None:
-    """Raises unless a repaired copy is loaded by torch, and all that is not changed stayed."""
+    """Raises unless torch loads a repaired copy, in which all other tensors are unchanged."""
     report = wc.repair(folder, target, 1.5)
     changed = {change.name for change in report.changed}
     assert {prefix + name for name in ("rows", "columns", "both", "kernels", "half")} <= changed
@@ -260,7 +260,7 @@ class Block(nn.Module):
 
 
 def train_and_save(folder: Path) -> None:
-    """FSDP2 over tensor parallelism: rows are cut twice, the second time first."""
+    """FSDP2 over tensor parallelism shards rows twice, in the opposite order."""
     torch.manual_seed(0)
     block, grid = Block(), mesh(2, 2)
     plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
@@ -280,7 +280,7 @@ def train_and_save(folder: Path) -> None:
 @needs_fsdp2_on_the_cpu
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_weights_of_fsdp_over_tensor_parallelism_are_whole(tmp_path: Path) -> None:
+def test_weights_of_fsdp_over_tensor_parallelism_are_joined(tmp_path: Path) -> None:
     run(4, tmp_path, train_and_save, tmp_path)
     checkpoint, full = Checkpoint(tmp_path / "saved"), torch.load(tmp_path / "full.pt")
     check_entries(checkpoint, "model.", full)
@@ -292,7 +292,7 @@ SCRIPT = Path(__file__).with_name("write_lightning.py")
 
 
 def check_lightning(folder: Path, tmp_path: Path) -> None:
-    """Raises unless the weights are those that were gathered from the processes."""
+    """Raises unless the weights equal those gathered from the processes."""
     expected = load_file(folder / "lightning.safetensors")
     checkpoint = Checkpoint(folder / "lightning")
     check_entries(checkpoint, "", expected)
@@ -314,8 +314,8 @@ def check_lightning(folder: Path, tmp_path: Path) -> None:
     assert same(*(next(iter(one.values())) for one in (before, after)))
 
 
-def test_a_folder_that_is_called_as_a_file_is_copied_to_one(tmp_path: Path) -> None:
-    """As Lightning calls them: last.ckpt."""
+def test_repair_folder_named_like_file(tmp_path: Path) -> None:
+    """Lightning gives folders names such as last.ckpt."""
     folder, target = tmp_path / "last.ckpt", tmp_path / "fixed.ckpt"
     shutil.copytree(DATA / "lightning", folder)
     assert wc.repair(folder, target, 1.2).changed
@@ -323,25 +323,25 @@ def test_a_folder_that_is_called_as_a_file_is_copied_to_one(tmp_path: Path) -> N
     assert all(one.condition_number <= 1.2 for one in wc.audit(target).findings)
 
 
-def test_what_lightning_has_saved_is_read(tmp_path: Path) -> None:
-    """By ModelParallelStrategy, of two processes; see write_lightning.py."""
+def test_lightning_data_is_read(tmp_path: Path) -> None:
+    """ModelParallelStrategy saved the data from two processes; see write_lightning.py."""
     check_lightning(DATA, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.frameworks
-def test_what_lightning_saves_is_read(tmp_path: Path) -> None:
+def test_lightning_output_is_read(tmp_path: Path) -> None:
     pytest.importorskip("lightning")
     subprocess.run([sys.executable, SCRIPT, tmp_path], check=True, capture_output=True)
     check_lightning(tmp_path, tmp_path)
 
 
-# --- by one process -------------------------------------------------------------------------------
+# --- one process ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Of one process: two matrices, what is no matrix, and what is no tensor."""
+    """A folder of one process: two matrices, other tensors, and an object that is not a tensor."""
     state = {"a": drawn(4, 3), "b": drawn(3, 3, seed=1), "v": torch.ones(5), "epoch": 3}
     save(state, tmp_path / "saved")
     return tmp_path / "saved"
@@ -356,13 +356,13 @@ def describe(folder: Path, content: Any) -> None:
 
 
 def written(content: Any, **settings: Any) -> bytes:
-    """What torch.save writes."""
+    """Returns the output of torch.save."""
     torch.save(content, file := io.BytesIO(), **settings)
     return file.getvalue()
 
 
 def store(folder: Path, name: str, data: bytes) -> None:
-    """Gives other bytes to the chunk of a tensor."""
+    """Replaces the bytes of the chunk of a tensor."""
     (folder / "x.distcp").write_bytes(data)
     about = description(folder)
     edit(about, name, relative_path="x.distcp", offset=0, length=len(data))
@@ -370,7 +370,7 @@ def store(folder: Path, name: str, data: bytes) -> None:
 
 
 def cut(folder: Path, name: str, *cuts: tuple[tuple[int, ...], Tensor]) -> None:
-    """Stores a tensor in other chunks, in a file of their own, whether they make it or not."""
+    """Stores a tensor in other chunks in a separate file, whether they tile it or not."""
     about, data = description(folder), b""
     one = about.state_dict_metadata[name]
     assert isinstance(one, TensorStorageMetadata)
@@ -388,21 +388,21 @@ def cut(folder: Path, name: str, *cuts: tuple[tuple[int, ...], Tensor]) -> None:
     describe(folder, about)
 
 
-def test_only_weights_are_measured(folder: Path) -> None:
+def test_only_weights_of_distributed_checkpoint_are_measured(folder: Path) -> None:
     report = wc.audit(folder)
     assert [f.name for f in report.findings] == ["a", "b"]
     assert report.coverage.skipped == {"v": Skipped(Reason.vector)}
     assert report.coverage.parameter_share == 21 / 26
 
 
-def test_one_process_is_repaired_as_it_was_saved(tmp_path: Path) -> None:
+def test_repair_checkpoint_of_one_process(tmp_path: Path) -> None:
     expected = {**whole(), "transposed": whole()["transposed"].mT.contiguous().mT}
     save(expected, tmp_path / "saved")
     check_entries(Checkpoint(tmp_path / "saved"), "", expected)
     check_repair(tmp_path / "saved", tmp_path / "fixed", "", expected)
 
 
-def test_chunks_of_any_grid_are_joined(folder: Path) -> None:
+def test_chunks_of_any_grid_are_joined_exactly(folder: Path) -> None:
     W = drawn(4, 3)
     cut(folder, "a", ((0, 0), W[:1]), ((1, 0), W[1:, :2].clone()), ((1, 2), W[1:, 2:].clone()))
     holder, _ = Checkpoint(folder).where["a"]
@@ -421,7 +421,7 @@ STATES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", STATES)
-def test_states_of_optimizers_are_no_weights(tmp_path: Path, name: str) -> None:
+def test_optimizer_states_are_skipped(tmp_path: Path, name: str) -> None:
     save({"model": {"state": {"w": MATRIX}}, name: STATES[name]}, tmp_path / "a")
     report = wc.audit(tmp_path / "a")
     assert [f.name for f in report.findings] == ["model.state.w"]
@@ -431,7 +431,7 @@ def test_states_of_optimizers_are_no_weights(tmp_path: Path, name: str) -> None:
         wc.audit(tmp_path / "b")
 
 
-def test_a_state_of_an_optimizer_beside_the_names_of_weights_is_none_of_them(
+def test_optimizer_state_next_to_weights_is_skipped(
     tmp_path: Path,
 ) -> None:
     flat = {"state.w.exp_avg": MATRIX, "param_groups.w.lr": 0.1}
@@ -441,7 +441,7 @@ def test_a_state_of_an_optimizer_beside_the_names_of_weights_is_none_of_them(
     assert report.coverage.skipped == {"state": Skipped(Reason.optimizer)}
 
 
-def test_the_state_of_a_regularizer_is_none_of_the_weights(tmp_path: Path) -> None:
+def test_regularizer_state_is_skipped(tmp_path: Path) -> None:
     layer = nn.Linear(4, 3)
     reg = wc.Regularizer(layer, wc.ConditionPenalty(0.1))
     save({"model": layer.state_dict(), "reg": reg}, tmp_path / "a")
@@ -450,21 +450,21 @@ def test_the_state_of_a_regularizer_is_none_of_the_weights(tmp_path: Path) -> No
     assert report.coverage.skipped["reg.weight"] == Skipped(Reason.regularizer)
 
 
-def test_without_tensors_there_is_nothing_to_measure(tmp_path: Path) -> None:
+def test_checkpoint_without_tensors_is_refused(tmp_path: Path) -> None:
     save({"epoch": 3}, tmp_path / "a")
     with pytest.raises(UnreadableError, match="must describe tensors, but describes none"):
         wc.audit(tmp_path / "a")
 
 
 @pytest.mark.skipif(not ALONE, reason="this torch has no saving without a coordinator")
-def test_processes_that_differ_are_refused(tmp_path: Path) -> None:
+def test_contradictory_processes_are_refused(tmp_path: Path) -> None:
     save({"w": MATRIX}, tmp_path / "a", use_collectives=False)
     save({"w": MATRIX + 1}, tmp_path / "b", use_collectives=False)
     (tmp_path / "b" / "__0_0.distcp").rename(tmp_path / "a" / "__1_0.distcp")
     data = (tmp_path / "b" / "__0.metadata").read_bytes()
     other = tmp_path / "a" / "__1.metadata"
     other.write_bytes(data.replace(b"__0_0.distcp", b"__1_0.distcp"))
-    with pytest.raises(ValueError, match="must hold the same values of tensor at"):
+    with pytest.raises(ValueError, match="must contain the same values of tensor at"):
         wc.audit(tmp_path / "a")
     other.write_bytes(other.read_bytes().replace(b"K\x03K\x03", b"K\x03K\x02"))
     with pytest.raises(UnreadableError, match="processes differ in the shape or the dtype of w"):
@@ -472,7 +472,7 @@ def test_processes_that_differ_are_refused(tmp_path: Path) -> None:
 
 
 class Odd(Tensor):
-    """A class of which only the values are stored."""
+    """A tensor subclass of which only the values are stored."""
 
 
 FOREIGN: dict[Reason, Callable[[Tensor], Any]] = {
@@ -484,7 +484,7 @@ FOREIGN: dict[Reason, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("reason", FOREIGN)
-def test_a_chunk_of_another_kind_is_left_out_with_the_reason(folder: Path, reason: Reason) -> None:
+def test_foreign_chunk_skipped_with_reason(folder: Path, reason: Reason) -> None:
     store(folder, "a", written(FOREIGN[reason](drawn(4, 3))))
     report = wc.audit(folder)
     assert [f.name for f in report.findings] == ["b"]
@@ -493,8 +493,8 @@ def test_a_chunk_of_another_kind_is_left_out_with_the_reason(folder: Path, reaso
 
 
 @pytest.mark.skipif(not SAFETENSORS, reason="this torch has one format")
-def test_parts_in_safetensors_are_named_with_the_way_that_works(tmp_path: Path) -> None:
-    """torch writes them, and does not load them."""
+def test_error_for_safetensors_shards_gives_working_remedy(tmp_path: Path) -> None:
+    """torch writes such shards, but does not load them."""
     form = filesystem.SerializationFormat.SAFETENSORS
     state = {"w": drawn(3, 3), "v": drawn(2, 2)}
     folder = tmp_path / "a"
@@ -502,7 +502,7 @@ def test_parts_in_safetensors_are_named_with_the_way_that_works(tmp_path: Path) 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.save(state, storage_writer=writer)
-    with pytest.raises(UnreadableError, match=r"is a safetensors file\. Copy it and its like into"):
+    with pytest.raises(UnreadableError, match=r"is a safetensors file\. Copy all such files into"):
         wc.audit(folder)
     (tmp_path / "b").mkdir()
     for file in folder.glob("*.distcp"):
@@ -511,7 +511,7 @@ def test_parts_in_safetensors_are_named_with_the_way_that_works(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
-def test_a_folder_that_changes_while_it_is_read_is_refused(folder: Path, name: str) -> None:
+def test_folder_changed_while_read_is_refused(folder: Path, name: str) -> None:
     checkpoint = Checkpoint(folder)
     a, _ = checkpoint.matrices()
     with (folder / name).open("ab") as file:
@@ -523,8 +523,8 @@ def test_a_folder_that_changes_while_it_is_read_is_refused(folder: Path, name: s
         checkpoint.copy_with(lambda name: None, folder.with_name("copy"))
 
 
-def test_a_chunk_is_read_by_its_place(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a file of gigabytes no more is read than is asked for."""
+def test_chunk_read_by_offset(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reader reads only the requested bytes of a large file."""
     W = drawn(1000, 100)
     cut(folder, "a", ((0, 0), W[:4, :3].clone()))
     save({"w": W}, folder)
@@ -546,7 +546,7 @@ def test_a_chunk_is_read_by_its_place(folder: Path, monkeypatch: pytest.MonkeyPa
 
 
 def edit(about: Metadata, name: str, **attributes: Any) -> None:
-    """Changes what is said of the place of a chunk."""
+    """Changes the place of a chunk in the metadata."""
     for index, place in about.storage_data.items():
         if index.fqn == name:
             for key, value in attributes.items():
@@ -560,13 +560,13 @@ def of(about: Metadata, name: str) -> TensorStorageMetadata:
 
 
 def place(about: Metadata, name: str) -> Any:
-    """The place of the only chunk of a tensor."""
+    """Returns the place of the only chunk of a tensor."""
     (found,) = [found for index, found in about.storage_data.items() if index.fqn == name]
     return found
 
 
 def repeat(about: Metadata, name: str) -> None:
-    """Stores the chunk of a tensor under the name of another too."""
+    """Also stores the chunk of a tensor under the name of another tensor."""
     about.state_dict_metadata["again"] = of(about, name)
     about.storage_data[MetadataIndex("again", (0, 0))] = place(about, name)
 
@@ -579,7 +579,7 @@ def chunk(offsets: Any, sizes: Any) -> Change:
         of(about, "a").chunks = [ChunkStorageMetadata(offsets, sizes)]
         (index,) = [index for index in about.storage_data if index.fqn == "a"]
         object.__setattr__(index, "offset", offsets)
-        about.storage_data = dict(about.storage_data.items())  # by its new hash
+        about.storage_data = dict(about.storage_data.items())  # under its new hash
 
     return change
 
@@ -589,28 +589,37 @@ def size(*shape: int) -> torch.Size:
 
 
 def many(about: Metadata) -> None:
-    """A million times a million chunks, in a few bytes each."""
+    """A shape of a million times a million, in few bytes."""
     of(about, "a").chunks *= 100_000
     about.state_dict_metadata = {str(n): of(about, "a") for n in range(100_000)}
 
 
 DAMAGE: dict[str, tuple[Change, str]] = {
-    "a chunk too short": (lambda m: edit(m, "a", length=700), r"what it holds of a at byte \d"),
-    "a chunk too long": (lambda m: edit(m, "v", length=9000), "must hold .* bytes, but holds"),
+    "a chunk too short": (lambda m: edit(m, "a", length=700), r"the bytes of a at byte \d"),
+    "a chunk too long": (
+        lambda m: edit(m, "v", length=9000),
+        "must contain .* bytes, but contains",
+    ),
     "no length": (lambda m: edit(m, "a", length=0), "of a at byte"),
     "a negative length": (lambda m: edit(m, "a", length=-1), "must have a file and a place"),
     "a huge length": (lambda m: edit(m, "a", length=2**70), "must have a file and a place"),
     "a text as length": (lambda m: edit(m, "a", length="9"), "must have a file and a place"),
     "a negative place": (lambda m: edit(m, "a", offset=-1), "must have a file and a place"),
-    "a place beyond the file": (lambda m: edit(m, "a", offset=2**40), "must hold .* bytes"),
+    "a place beyond the file": (lambda m: edit(m, "a", offset=2**40), "must contain .* bytes"),
     "bytes of another": (lambda m: edit(m, "b", offset=place(m, "a").offset + 9), "share bytes"),
     "the same place twice": (lambda m: repeat(m, "a"), "two chunks share bytes of __0_0.distcp"),
     "a file above": (lambda m: edit(m, "a", relative_path="../x"), r"names \.\./x"),
     "a file anywhere": (lambda m: edit(m, "a", relative_path="/etc/passwd"), "names /etc/passwd"),
     "the folder above": (lambda m: edit(m, "a", relative_path=".."), r"names \.\."),
-    "the folder itself": (lambda m: edit(m, "a", relative_path="."), "must name files beside it"),
-    "a file below": (lambda m: edit(m, "a", relative_path="a/b"), "must name files beside it"),
-    "no file": (lambda m: edit(m, "a", relative_path=""), "must name files beside it"),
+    "the folder itself": (
+        lambda m: edit(m, "a", relative_path="."),
+        "must name files in its own folder",
+    ),
+    "a file below": (
+        lambda m: edit(m, "a", relative_path="a/b"),
+        "must name files in its own folder",
+    ),
+    "no file": (lambda m: edit(m, "a", relative_path=""), "must name files in its own folder"),
     "a zero": (lambda m: edit(m, "a", relative_path="a\0b"), r"names a\\x00b"),
     "a file that is not there": (lambda m: edit(m, "a", relative_path="x.distcp"), "Fetch it"),
     "the description": (
@@ -620,12 +629,15 @@ DAMAGE: dict[str, tuple[Change, str]] = {
     "a number as a file": (lambda m: edit(m, "a", relative_path=3), "a file and a place in it"),
     "compression": (
         lambda m: edit(m, "a", transform_descriptors=["stream.zstd/1"]),
-        r"but they are stream\.zstd/1\. Load it by",
+        r"are transformed: stream\.zstd/1\. Load it with",
     ),
-    "a gap": (chunk(size(0, 0), size(3, 3)), r"\(3, 0\) is missing"),
-    "a chunk elsewhere": (chunk(size(1, 0), size(4, 3)), r"what lies at \(0, 0\) is missing"),
+    "a gap": (chunk(size(0, 0), size(3, 3)), r"no slice contains the entry at \(3, 0\)"),
+    "a chunk elsewhere": (
+        chunk(size(1, 0), size(4, 3)),
+        r"no slice contains the entry at \(0, 0\)",
+    ),
     "a chunk beyond": (chunk(size(0, 0), size(5, 3)), r"\(4, 0\), outside of the shape \(4, 3\)"),
-    "a chunk of other sides": (chunk(size(0), size(12)), "a chunk of a must have 2 sides"),
+    "a chunk of other sides": (chunk(size(0), size(12)), "a chunk of a must have 2 dimensions"),
     "a huge chunk": (chunk(size(0, 0), (2**62, 2**62)), "must have offsets and sizes"),
     "a negative chunk": (chunk(size(0, 0), (-4, 3)), "must have offsets and sizes"),
     "a chunk of texts": (chunk(size(0, 0), ("4", "3")), "must have offsets and sizes"),
@@ -641,9 +653,12 @@ DAMAGE: dict[str, tuple[Change, str]] = {
     "no shape": (lambda m: setattr(of(m, "a"), "size", None), "a shape, a dtype and chunks"),
     "a shape of 10^12": (
         lambda m: setattr(of(m, "a"), "size", size(10**6, 10**6)),
-        r"do not make its \(1000000, 1000000\)",
+        r"do not tile its shape \(1000000, 1000000\)",
     ),
-    "no chunks": (lambda m: setattr(of(m, "a"), "chunks", []), r"\(0, 0\) is missing"),
+    "no chunks": (
+        lambda m: setattr(of(m, "a"), "chunks", []),
+        r"no slice contains the entry at \(0, 0\)",
+    ),
     "chunks of a text": (lambda m: setattr(of(m, "a"), "chunks", "abc"), "dtype and chunks"),
     "a chunk twice": (lambda m: of(m, "a").chunks.extend(of(m, "a").chunks), "listed, but not"),
     "10^10 chunks": (many, "lists more chunks than the 3 that are stored"),
@@ -652,27 +667,25 @@ DAMAGE: dict[str, tuple[Change, str]] = {
         r"a chunk of a at \(0, 0\) is listed, but not stored",
     ),
     "a foreign chunk": (lambda m: of(m, "a").chunks.append(Path("x")), "PosixPath"),  # type: ignore[arg-type]
-    "a number as a chunk": (lambda m: of(m, "a").chunks.append(3), "but holds int"),  # type: ignore[arg-type]
+    "a number as a chunk": (lambda m: of(m, "a").chunks.append(3), "but contains int"),  # type: ignore[arg-type]
     "a foreign tensor": (
         lambda m: m.state_dict_metadata.update(a=Path("x")),  # type: ignore[call-overload]
-        "must hold a TensorStorageMetadata, but holds pathlib",
+        "must contain a TensorStorageMetadata, but contains pathlib",
     ),
     "a foreign place": (
         lambda m: m.storage_data.update(dict.fromkeys(m.storage_data, Path("x"))),
-        "must hold a _StorageInfo, but holds pathlib",
+        "must contain a _StorageInfo, but contains pathlib",
     ),
-    "a text as a key": (lambda m: m.storage_data.update(a=3), "must hold a MetadataIndex"),
-    "no storage": (lambda m: setattr(m, "storage_data", None), "does not say where chunks are"),
+    "a text as a key": (lambda m: m.storage_data.update(a=3), "must contain a MetadataIndex"),
+    "no storage": (lambda m: setattr(m, "storage_data", None), "does not state where chunks are"),
     "no tensors": (lambda m: setattr(m, "state_dict_metadata", 3), "has no list of tensors"),
 }
 
 
 @pytest.mark.parametrize("what", DAMAGE)
-def test_a_description_that_contradicts_itself_or_the_files_is_refused(
-    folder: Path, what: str
-) -> None:
+def test_contradictory_metadata_is_refused(folder: Path, what: str) -> None:
     change, match = DAMAGE[what]
-    (folder.parent / "x").write_bytes(part(folder).read_bytes())  # what is above is not read
+    (folder.parent / "x").write_bytes(part(folder).read_bytes())  # the folder above is not read
     about = description(folder)
     change(about)
     describe(folder, about)
@@ -680,7 +693,7 @@ def test_a_description_that_contradicts_itself_or_the_files_is_refused(
 
 
 def check_refused(folder: Path, match: str) -> None:
-    """Raises unless audit and repair refuse the folder in one sentence."""
+    """Raises unless audit and repair refuse the folder with one sentence."""
     target = folder.with_name("fixed")
     for refuse in (lambda: wc.audit(folder), lambda: wc.repair(folder, target, 2.0)):
         with pytest.raises(UnreadableError, match=match) as error:
@@ -690,31 +703,36 @@ def check_refused(folder: Path, match: str) -> None:
     assert not target.exists()
 
 
-OTHERS = {"nothing": b"", "no pickle": b"text", "a number": b"\x80\x04K\x03.", "a list": b"]."}
+OTHERS = {
+    "nothing": b"",
+    "no complete pickle": b"text",
+    "a number": b"\x80\x04K\x03.",
+    "a list": b"].",
+}
 
 
 @pytest.mark.parametrize("what", OTHERS)
-def test_a_description_that_is_none_is_refused(folder: Path, what: str) -> None:
+def test_invalid_metadata_is_refused(folder: Path, what: str) -> None:
     (folder / ".metadata").write_bytes(OTHERS[what])
-    check_refused(folder, "must be a whole description of a checkpoint of torch")
+    check_refused(folder, "is not a valid metadata file of torch")
 
 
-def test_a_description_that_is_cut_off_is_refused(folder: Path) -> None:
+def test_truncated_metadata_is_refused(folder: Path) -> None:
     data = (folder / ".metadata").read_bytes()
     for length in range(0, len(data) - 1, 61):
         (folder / ".metadata").write_bytes(data[:length])
-        with pytest.raises(UnreadableError, match="must be a whole description"):
+        with pytest.raises(UnreadableError, match="is not a valid metadata file"):
             Checkpoint(folder)
 
 
 @pytest.mark.parametrize("length", [0, 1, 500, 1500, -1])
-def test_a_part_that_is_cut_off_is_refused(folder: Path, length: int) -> None:
+def test_truncated_shard_is_refused(folder: Path, length: int) -> None:
     part(folder).write_bytes(part(folder).read_bytes()[:length])
-    check_refused(folder, r"__0_0\.distcp must be a whole part .* bytes, but holds")
+    check_refused(folder, r"__0_0\.distcp is not a valid shard .* bytes, but contains")
 
 
 class Evil:
-    """What torch would call by loading the description."""
+    """A function that torch would call while loading the metadata."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -737,7 +755,7 @@ PLACES: dict[str, tuple[Callable[[Metadata, Any], object], bool]] = {
 
 
 @pytest.mark.parametrize("where", PLACES)
-def test_nothing_of_a_description_is_run(folder: Path, where: str) -> None:
+def test_code_in_metadata_does_not_run(folder: Path, where: str) -> None:
     change, harmless = PLACES[where]
     evil = Evil(folder.parent / "canary")
     about = description(folder)
@@ -746,23 +764,23 @@ def test_nothing_of_a_description_is_run(folder: Path, where: str) -> None:
     if harmless:
         assert wc.audit(folder).coverage.measured == 2
     else:
-        check_refused(folder, "must be a whole description")
+        check_refused(folder, "is not a valid metadata file")
     assert not evil.mark.exists()
-    pickle.loads((folder / ".metadata").read_bytes())  # torch would
+    pickle.loads((folder / ".metadata").read_bytes())  # torch would run it
     assert evil.mark.exists()
 
 
-def test_nothing_of_a_chunk_is_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_in_chunk_does_not_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.parent)
     for code in CODES:
         pickled = code + b"0" + pickle.dumps({}, protocol=4)[2:] if code[:1] == b"\x80" else code
         store(folder, "a", zipped({"a/data.pkl": pickled + b"."}))
-        check_refused(folder, "what it holds of a at byte 0 is not a tensor")
+        check_refused(folder, "the bytes of a at byte 0 are not a tensor")
     assert not (folder.parent / "canary").exists()
 
 
 def flipped(data: bytes) -> bytes:
-    """The offset of the first record, as the directory has it, leads beyond the chunk."""
+    """The archive directory gives the first record an offset beyond the chunk."""
     at = data.rindex(b"PK\x05\x06")
     start = int.from_bytes(data[at + 16 : at + 20], "little")
     return data[: start + 42] + (10**9).to_bytes(4, "little") + data[start + 46 :]
@@ -782,13 +800,13 @@ CHUNKS: dict[str, Callable[[Tensor], bytes]] = {
 
 
 @pytest.mark.parametrize("what", CHUNKS)
-def test_a_chunk_that_is_not_its_tensor_is_refused(folder: Path, what: str) -> None:
+def test_chunk_that_does_not_fit_tensor_is_refused(folder: Path, what: str) -> None:
     store(folder, "a", CHUNKS[what](drawn(4, 3)))
-    check_refused(folder, r"x\.distcp must be a whole part of a checkpoint")
+    check_refused(folder, r"x\.distcp is not a valid shard of torch")
 
 
-def test_bytes_are_no_tensors(folder: Path) -> None:
-    """What is said to be no tensor is not opened."""
+def test_stored_objects_are_not_read(folder: Path) -> None:
+    """The reader does not open objects that the metadata describe as bytes."""
     about = description(folder)
     about.state_dict_metadata["a"] = BytesStorageMetadata()
     describe(folder, about)

@@ -1,4 +1,4 @@
-"""Programs of torch.export: the tensors of torch.export.load, and what each of them is."""
+"""torch.export programs: tensors equal those of torch.export.load, and their roles are known."""
 
 import io
 import json
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(not DESCRIBES_WEIGHTS, reason="torch writes an o
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
-    """It logs that formats are older."""
+    """torch logs that a format is older."""
     torch.manual_seed(0)
     logging.disable(logging.WARNING)
     yield
@@ -35,7 +35,7 @@ def _quiet() -> Iterator[None]:
 
 
 class Model(nn.Module):
-    """Parameters of several dtypes, tied, transposed and of shared memory, buffers, a constant."""
+    """Parameters of several dtypes, some with shared memory, buffers and a constant."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ def write(path: Path, program: bytes, layout: str = "new") -> Path:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("ending", [".pt2", ".pt", ""])
-def test_it_reads_what_torch_loads(
+def test_tensors_equal_those_torch_loads(
     tmp_path: Path, program: bytes, layout: str, ending: str
 ) -> None:
     path = write(tmp_path / f"a{ending}", program, layout)
@@ -89,7 +89,7 @@ def test_it_reads_what_torch_loads(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_it_knows_what_is_a_parameter(tmp_path: Path, program: bytes, layout: str) -> None:
+def test_roles_of_tensors(tmp_path: Path, program: bytes, layout: str) -> None:
     path = write(tmp_path / "a.pt2", program, layout)
     state = torch.export.load(io.BytesIO(path.read_bytes())).state_dict
     parameters = {name for name, one in state.items() if isinstance(one, nn.Parameter)}
@@ -108,7 +108,7 @@ def test_it_knows_what_is_a_parameter(tmp_path: Path, program: bytes, layout: st
     assert wc.audit(path, include="basis").findings[0].name == "basis"
 
 
-def test_the_audit_is_that_of_the_state_dict(tmp_path: Path, program: bytes) -> None:
+def test_audit_equals_audit_of_state_dict(tmp_path: Path, program: bytes) -> None:
     path = write(tmp_path / "a.pt2", program)
     known = {f.label: f for f in wc.audit(path).findings}
     state = torch.export.load(io.BytesIO(program)).state_dict
@@ -120,7 +120,7 @@ def test_the_audit_is_that_of_the_state_dict(tmp_path: Path, program: bytes) -> 
     assert known == {}
 
 
-def test_several_programs_of_an_archive_are_told_apart(tmp_path: Path) -> None:
+def test_several_programs_in_archive_are_distinguished(tmp_path: Path) -> None:
     package = pytest.importorskip("torch.export.pt2_archive._package")
     programs = {
         name: torch.export.export(nn.Linear(2, 2), (torch.ones(1, 2),)) for name in ("one", "Two")
@@ -134,8 +134,8 @@ def test_several_programs_of_an_archive_are_told_apart(tmp_path: Path) -> None:
             assert torch.equal(file.read(entry.name), tensor)
 
 
-def test_what_has_no_parameters_is_read_by_its_names(tmp_path: Path) -> None:
-    """As of a quantised program: its weights are buffers."""
+def test_program_without_parameters_classified_by_names(tmp_path: Path) -> None:
+    """For example, the weights of a quantised program are buffers."""
     module = nn.Module()
     module.register_buffer("weight", torch.eye(3))
     module.forward = lambda x: x @ module.weight
@@ -143,47 +143,47 @@ def test_what_has_no_parameters_is_read_by_its_names(tmp_path: Path) -> None:
     assert [finding.name for finding in wc.audit(tmp_path / "a.pt2").findings] == ["weight"]
 
 
-def test_a_program_without_tensors_says_so(tmp_path: Path) -> None:
+def test_program_without_tensors_is_refused(tmp_path: Path) -> None:
     torch.export.save(torch.export.export(nn.ReLU(), (torch.ones(1),)), tmp_path / "a.pt2")
-    with pytest.raises(NoTensorsError, match="must hold tensors, but is a program without any"):
+    with pytest.raises(NoTensorsError, match="must contain tensors, but is a program without any"):
         wc.audit(tmp_path / "a.pt2")
 
 
-def test_a_compiled_program_is_named(tmp_path: Path) -> None:
+def test_compiled_program_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.pt2", "w") as archive:
         for name in ("archive_format", "data/aotinductor/model/code.so"):
             archive.writestr(f"a/{name}", "pt2")
-    with pytest.raises(UnreadableError, match="a compiled program has them in its code"):
+    with pytest.raises(UnreadableError, match="The code of a compiled program contains them"):
         wc.audit(tmp_path / "a.pt2")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_repair_refuses_with_a_way_out_that_works(
+def test_repair_error_gives_working_conversion(
     tmp_path: Path, program: bytes, layout: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, other = write(tmp_path / "a.pt2", program, layout), tmp_path / "other.pt"
     command = ["repair", str(path), str(tmp_path / "b.pt2"), "--max-condition", "2"]
     assert main(command) == 2
     err = capsys.readouterr().err
-    assert "it is a program, which is not written" in err
+    assert "wellcond does not write programs" in err
     path.rename(path := tmp_path / "b.pt2")
     exec(err.partition("Repair its weights: ")[2].rstrip(".\n"), {"torch": torch} | locals())
     names = {finding.name for finding in wc.audit(other).findings}
     assert {"linear.weight", "still", "upper"} <= names
 
 
-def test_a_program_beside_weights_is_listed(tmp_path: Path, program: bytes) -> None:
+def test_program_next_to_weights_is_listed(tmp_path: Path, program: bytes) -> None:
     write(tmp_path / "a.pt2", program)
     assert wc.audit(tmp_path).coverage.measured > 0
     save_file({"w": torch.eye(3)}, tmp_path / "model.safetensors")
     report = wc.audit(tmp_path)
     assert [finding.name for finding in report.findings] == ["w"]
     assert report.coverage.skipped == {
-        "a.pt2": Skipped(Reason.unread, "a program of torch.export: give its path")
+        "a.pt2": Skipped(Reason.unread, "a torch.export program: give its path")
     }
 
 
-# --- hostile --------------------------------------------------------------------------------------
+# --- hostile files --------------------------------------------------------------------------------
 
 CONFIG = "data/weights/model_weights_config.json"
 
@@ -191,7 +191,7 @@ CONFIG = "data/weights/model_weights_config.json"
 def changed(
     path: Path, program: bytes, change: Callable[[dict[str, Any], dict[str, bytes]], object]
 ) -> Path:
-    """A program of which the description, or the records without their folder, are others."""
+    """Changes the JSON of a program, or its records without their folder."""
     contents = {name.partition("/")[2]: data for name, data in records(program).items()}
     description = json.loads(contents[CONFIG])
     change(description["config"], contents)
@@ -202,7 +202,7 @@ def changed(
 
 
 def meta(**new: Any) -> Callable[[dict[str, Any], dict[str, bytes]], None]:
-    """A change in what is said of one weight."""
+    """Returns a change of the description of one weight."""
     return lambda config, _: config["linear.weight"]["tensor_meta"].update(new)
 
 
@@ -213,27 +213,30 @@ def of(*sides: int) -> list[dict[str, int]]:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (meta(sizes=of(5, 400)), "a tensor goes beyond its storage"),
-        (meta(strides=of(400, 1)), "a tensor goes beyond its storage"),
-        (meta(storage_offset={"as_int": 1}), "a tensor goes beyond its storage"),
-        (meta(storage_offset={"as_int": -1}), "must be whole numbers"),
+        (meta(sizes=of(5, 400)), "a tensor extends beyond its storage"),
+        (meta(strides=of(400, 1)), "a tensor extends beyond its storage"),
+        (meta(storage_offset={"as_int": 1}), "a tensor extends beyond its storage"),
+        (meta(storage_offset={"as_int": -1}), "must be non-negative integers"),
         (meta(sizes=of(5)), "must have a shape and strides"),
         (meta(sizes=of(1 << 62, 1 << 62)), "must have a shape and a dtype"),
         (meta(sizes=of(-5, 4)), "must have a shape and a dtype"),
         (meta(dtype=99), "must have a shape and a dtype"),
-        (meta(dtype=[]), "its weights are not described"),
-        (meta(dtype=8), "a tensor goes beyond its storage"),
-        (meta(sizes=[{"as_expr": "s0"}] * 2), "its weights are not described"),
+        (meta(dtype=[]), "does not describe weights like this"),
+        (meta(dtype=8), "a tensor extends beyond its storage"),
+        (meta(sizes=[{"as_expr": "s0"}] * 2), "does not describe weights like this"),
         (lambda config, _: config["linear.weight"].update(path_name="../x"), "it lacks data/w"),
-        (lambda config, _: config.update({"basis": None}), "its weights are not described"),
-        (lambda config, _: config.update({"linear.weight": 3}), "its weights are not described"),
+        (lambda config, _: config.update({"basis": None}), "does not describe weights like this"),
+        (
+            lambda config, _: config.update({"linear.weight": 3}),
+            "does not describe weights like this",
+        ),
         (lambda _, r: r.update({"data/weights/weight_0": b"123"}), "length of a storage|beyond"),
         (lambda _, r: r.update({"DATA/weights/weight_0": b""}), "two of its records have the"),
-        (lambda _, r: r.update({"byteorder": b"?"}), "order of the bytes"),
-        (lambda _, r: r.pop(CONFIG), "holds none there|without any"),
+        (lambda _, r: r.update({"byteorder": b"?"}), "byteorder must be"),
+        (lambda _, r: r.pop(CONFIG), "contains none there|without any"),
     ],
 )
-def test_contradictions_are_one_sentence(
+def test_contradictory_programs_are_refused(
     tmp_path: Path,
     program: bytes,
     change: Callable[[dict[str, Any], dict[str, bytes]], object],
@@ -244,8 +247,8 @@ def test_contradictions_are_one_sentence(
         Checkpoint(path)
 
 
-def test_tensors_without_values_are_listed(tmp_path: Path, program: bytes) -> None:
-    """As of a program that was exported from fake tensors."""
+def test_tensors_without_values_are_listed_with_reason(tmp_path: Path, program: bytes) -> None:
+    """A program exported from fake tensors contains no values."""
 
     def empty(config: dict[str, Any], contents: dict[str, bytes]) -> None:
         contents[f"data/weights/{config['linear.weight']['path_name']}"] = b""
@@ -254,7 +257,7 @@ def test_tensors_without_values_are_listed(tmp_path: Path, program: bytes) -> No
     assert skipped["linear.weight"] == Skipped(Reason.no_values)
 
 
-def test_tensors_of_classes_are_listed(tmp_path: Path, program: bytes) -> None:
+def test_tensors_of_foreign_classes_are_listed(tmp_path: Path, program: bytes) -> None:
     def pickled(config: dict[str, Any], contents: dict[str, bytes]) -> None:
         config["linear.weight"]["use_pickle"] = True
 
@@ -264,10 +267,10 @@ def test_tensors_of_classes_are_listed(tmp_path: Path, program: bytes) -> None:
 
 @pytest.mark.parametrize("code", CODES)
 @pytest.mark.parametrize("flat", [False, True])
-def test_code_in_a_program_does_not_run(
+def test_code_in_program_does_not_run(
     tmp_path: Path, program: bytes, code: bytes, flat: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Wherever pickles lie in it: the examples are not read at all."""
+    """This holds for every pickle in the program; example inputs are not read."""
     monkeypatch.chdir(tmp_path)
     contents = records(older(program, flat))
     (state,) = [name for name in contents if re.search(r"weights/model.pt|state_dict.pt", name)]
@@ -281,7 +284,9 @@ def test_code_in_a_program_does_not_run(
 
 
 @pytest.mark.parametrize("flat", [False, True])
-def test_a_compressed_state_dict_has_a_way_out(tmp_path: Path, program: bytes, flat: bool) -> None:
+def test_error_for_compressed_state_dict_gives_remedy(
+    tmp_path: Path, program: bytes, flat: bool
+) -> None:
     contents = records(older(program, flat))
     (tmp_path / "a.pt2").write_bytes(zipped(contents, zipfile.ZIP_DEFLATED))
     with pytest.raises(UnreadableError, match="compressed") as error:
@@ -291,7 +296,7 @@ def test_a_compressed_state_dict_has_a_way_out(tmp_path: Path, program: bytes, f
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("keep", [0.1, 0.5, 0.99])
-def test_a_file_that_is_cut_off_is_refused(
+def test_truncated_file_is_refused(
     tmp_path: Path, program: bytes, layout: str, keep: float
 ) -> None:
     path = write(tmp_path / "a.pt2", program, layout)
@@ -300,7 +305,7 @@ def test_a_file_that_is_cut_off_is_refused(
         Checkpoint(path)
 
 
-def test_a_pickle_is_no_program(tmp_path: Path) -> None:
+def test_pickle_is_not_a_program(tmp_path: Path) -> None:
     (tmp_path / "a.pt2").write_bytes(saved({"w": torch.eye(3)}))
     with pytest.raises(UnreadableError, match="is a zip archive without archive_format"):
         Checkpoint(tmp_path / "a.pt2")

@@ -1,4 +1,4 @@
-"""Files are read one tensor at a time, copied byte for byte, and refused with reasons."""
+"""Readers read one tensor at a time, copy files byte for byte, and state why they refuse a file."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def saved(folder: Path, kind: str, content: dict[str, Tensor] | None = None) -> 
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_every_float_matrix_is_found_and_the_rest_has_a_reason(tmp_path: Path, kind: str) -> None:
+def test_float_matrices_found_and_others_skipped_with_reason(tmp_path: Path, kind: str) -> None:
     checkpoint = Checkpoint(saved(tmp_path, kind))
     shapes = {
         f"{one.name}:{view}": tuple(S.shape)
@@ -90,8 +90,8 @@ def test_every_float_matrix_is_found_and_the_rest_has_a_reason(tmp_path: Path, k
     }
 
 
-def test_parameters_are_counted_alike_in_both_formats(tmp_path: Path) -> None:
-    """What is floating point or complex: neither integers nor masks, whatever the format."""
+def test_parameter_count_equal_in_both_formats(tmp_path: Path) -> None:
+    """In every format, only floating point and complex tensors are parameters."""
     content = tensors() | {"wave": torch.ones(2, 3, dtype=torch.complex64)}
     content["positions"] = torch.arange(1000)
     expected = sum(t.numel() for t in content.values() if t.is_floating_point() or t.is_complex())
@@ -105,7 +105,7 @@ def test_parameters_are_counted_alike_in_both_formats(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_values_are_read_as_they_were_saved(tmp_path: Path, kind: str) -> None:
+def test_read_returns_saved_values(tmp_path: Path, kind: str) -> None:
     expected = tensors()
     found = Checkpoint(saved(tmp_path, kind)).matrices()
     read = {one.name: one.read() for one in found}
@@ -114,7 +114,7 @@ def test_values_are_read_as_they_were_saved(tmp_path: Path, kind: str) -> None:
         assert torch.equal(tensor, expected[name])
 
 
-def test_sharded_checkpoints_are_read_through_their_index(tmp_path: Path) -> None:
+def test_sharded_checkpoint_read_through_index(tmp_path: Path) -> None:
     content = tensors()
     names = list(content)
     shards = {"a-1.safetensors": names[::2], "a-2.safetensors": names[1::2]}
@@ -130,22 +130,22 @@ def test_sharded_checkpoints_are_read_through_their_index(tmp_path: Path) -> Non
 
     index["weight_map"]["bias"] = "a-3.safetensors"
     path.write_text(json.dumps(index))
-    with pytest.raises(UnreadableError, match="not there"):
+    with pytest.raises(UnreadableError, match="does not exist"):
         Checkpoint(path)
     index["weight_map"]["bias"] = "../a-1.safetensors"
     path.write_text(json.dumps(index))
-    with pytest.raises(UnreadableError, match="beside it"):
+    with pytest.raises(UnreadableError, match="its own folder"):
         Checkpoint(path)
     index["weight_map"]["bias"] = next(f for f, inside in shards.items() if "bias" not in inside)
     path.write_text(json.dumps(index))
-    with pytest.raises(UnreadableError, match="where it is not"):
+    with pytest.raises(UnreadableError, match="does not contain it"):
         Checkpoint(path)
     path.write_text("{}")
     with pytest.raises(UnreadableError, match="weight_map"):
         Checkpoint(path)
 
 
-def test_a_directory_names_the_file_where_several_hold_weights(tmp_path: Path) -> None:
+def test_names_in_directory_begin_with_file_if_several(tmp_path: Path) -> None:
     torch.save({"w": torch.eye(2)}, tmp_path / "step1.pt")
     assert [one.name for one in Checkpoint(tmp_path).matrices()] == ["w"]
     torch.save({"w": torch.eye(2)}, tmp_path / "step2.pt")
@@ -153,8 +153,8 @@ def test_a_directory_names_the_file_where_several_hold_weights(tmp_path: Path) -
     assert names == ["step1.pt/w", "step2.pt/w"]
 
 
-def test_a_training_directory_is_read_for_its_weights(tmp_path: Path) -> None:
-    """model.safetensors, optimizer.pt, and a pickled object that nobody should load."""
+def test_training_directory_yields_only_weights(tmp_path: Path) -> None:
+    """The folder contains model.safetensors, optimizer.pt and an unsafe pickled object."""
     model = nn.Linear(3, 3)
     optimizer = torch.optim.Adam(model.parameters())
     model(torch.ones(1, 3)).sum().backward()
@@ -169,7 +169,7 @@ def test_a_training_directory_is_read_for_its_weights(tmp_path: Path) -> None:
     assert skipped["training_args.bin"] == Skipped(Reason.no_tensors)
 
 
-def test_nested_dicts_are_walked_and_optimizers_left_out(tmp_path: Path) -> None:
+def test_nested_dicts_read_and_optimizers_skipped(tmp_path: Path) -> None:
     model = nn.Linear(3, 2)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     content = {
@@ -183,7 +183,7 @@ def test_nested_dicts_are_walked_and_optimizers_left_out(tmp_path: Path) -> None
     assert checkpoint.skipped()["optimizer_states.0"] == Skipped(Reason.optimizer)
 
 
-def test_tied_tensors_count_once(tmp_path: Path) -> None:
+def test_tied_tensors_count_once_in_file(tmp_path: Path) -> None:
     w = torch.randn(4, 4)
     path = saved(tmp_path, "pt", {"a": w, "b": w, "c": w.T, "d": w[:2]})
     checkpoint = Checkpoint(path)
@@ -196,13 +196,13 @@ def test_tied_tensors_count_once(tmp_path: Path) -> None:
     assert sum(checkpoint.sizes.values()) == 16
 
 
-def test_files_of_the_old_format_are_read(tmp_path: Path) -> None:
+def test_legacy_format_is_read(tmp_path: Path) -> None:
     path = tmp_path / "old.pth"
     torch.save({"w": torch.eye(3)}, path, _use_new_zipfile_serialization=False)
     assert [one.name for one in Checkpoint(path).matrices()] == ["w"]
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- refused files --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -214,32 +214,32 @@ def test_truncated_files_are_refused(tmp_path: Path, kind: str, keep: float) -> 
         Checkpoint(path)
 
 
-def test_a_damaged_file_among_others_is_a_row_and_stops_a_repair(tmp_path: Path) -> None:
+def test_damaged_file_in_folder_reported_and_repair_refused(tmp_path: Path) -> None:
     save_file({"w": torch.eye(2)}, tmp_path / "a.safetensors")
     (tmp_path / "b.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-3])
     report = wc.audit(tmp_path)
     assert [f.name for f in report.findings] == ["b.safetensors", "w"]
-    assert "whole safetensors file" in report.findings[0].explanation
+    assert "not a valid safetensors file" in report.findings[0].explanation
     assert [f.name for f in report.exceeding(10.0)] == ["b.safetensors"]
-    with pytest.raises(ValueError, match=r"b\.safetensors must be a whole"):
+    with pytest.raises(ValueError, match=r"b\.safetensors is not a valid"):
         wc.repair(tmp_path, tmp_path.parent / "repaired", 10.0)
 
 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.pt", "x.bin"])
-def test_other_files_are_refused(tmp_path: Path, name: str) -> None:
+def test_text_files_are_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_bytes(b"This is a text, no checkpoint. " * 100)
     with pytest.raises(UnreadableError, match="damaged"):
         Checkpoint(path)
 
 
-def test_unknown_endings_and_empty_directories_are_refused(tmp_path: Path) -> None:
+def test_unknown_endings_and_folders_without_weights_refused(tmp_path: Path) -> None:
     (tmp_path / "x.xyz").write_bytes(b"text")
     with pytest.raises(UnreadableError, match="must end in"):
         Checkpoint(tmp_path / "x.xyz")
-    with pytest.raises(UnreadableError, match="has none that ends in"):
+    with pytest.raises(UnreadableError, match="contains none whose name ends in"):
         Checkpoint(tmp_path)
-    with pytest.raises(FileNotFoundError, match="is not there"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         Checkpoint(tmp_path / "nothing.pt")
 
 
@@ -260,7 +260,7 @@ def test_pickled_code_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_file_without_tensors_is_refused(tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(UnreadableError, match="must hold a dict of tensors"):
+    with pytest.raises(UnreadableError, match="must contain a dict of tensors"):
         Checkpoint(tmp_path / "list.pt")
 
 
@@ -280,7 +280,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", FORMATS)
 def test_memory_does_not_grow_with_the_file(tmp_path: Path, kind: str) -> None:
-    """400 MB of tensors of 2 MB: the peak may grow by a few of them and what stays mapped."""
+    """For 400 MB of 2 MB tensors, the peak grows by a few tensors and mapped memory at most."""
     small, large = tmp_path / "small", tmp_path / "large"
     small.mkdir()
     large.mkdir()
@@ -301,7 +301,7 @@ def raw(tensor: Tensor) -> bytes:
     return bytes(tensor.contiguous().flatten().view(torch.uint8).tolist())
 
 
-def test_a_repaired_safetensors_file_differs_in_the_repaired_tensors_alone(tmp_path: Path) -> None:
+def test_repair_safetensors_changes_only_repaired_tensors(tmp_path: Path) -> None:
     path, fixed = saved(tmp_path, "safetensors"), tmp_path / "fixed.safetensors"
     report = wc.repair(path, fixed, 3.0)
     assert {r.name for r in report.changed} >= {"single.weight", "double.weight"}
@@ -319,7 +319,7 @@ def test_a_repaired_safetensors_file_differs_in_the_repaired_tensors_alone(tmp_p
         assert finding.condition_number <= 3.0
 
 
-def test_a_repaired_state_dict_keeps_everything_else(tmp_path: Path) -> None:
+def test_repair_state_dict_keeps_other_content(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4))
     with torch.no_grad():
         model[0].weight[0] *= 1e-6
@@ -346,10 +346,10 @@ def test_a_repaired_state_dict_keeps_everything_else(tmp_path: Path) -> None:
         assert torch.equal(after["model"][name], content["model"][name])
     for S in (after["model"]["0.weight"], after["tied"][0], after["transposed"]):
         assert float(wc.condition_number(S)) <= 10.0
-    assert torch.equal(torch.load(path)["tied"][0], shared)  # the input is untouched
+    assert torch.equal(torch.load(path)["tied"][0], shared)  # the input is unchanged
 
 
-def test_views_of_a_tensor_are_repaired_in_their_place(tmp_path: Path) -> None:
+def test_repair_views_in_place(tmp_path: Path) -> None:
     path, fixed = saved(tmp_path, "safetensors"), tmp_path / "fixed.safetensors"
     before = tensors()["experts.weight"]
     report = wc.repair(path, fixed, 2.0, include=["experts.*", "conv*"])
@@ -362,7 +362,7 @@ def test_views_of_a_tensor_are_repaired_in_their_place(tmp_path: Path) -> None:
         torch.testing.assert_close(after[index], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_directory_is_copied_whole(tmp_path: Path) -> None:
+def test_repair_copies_entire_directory(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     save_file({"w": torch.diag(torch.tensor([1.0, 1e-3]))}, folder / "a-1.safetensors")
@@ -378,7 +378,7 @@ def test_a_directory_is_copied_whole(tmp_path: Path) -> None:
         folder / "a-2.safetensors"
     ).read_bytes()
     assert wc.audit(tmp_path / "out").findings[0].condition_number <= 5.0
-    # The index alone takes its shards along, and nothing else.
+    # The path of the index copies its shards and no other file.
     wc.repair(folder / "a.safetensors.index.json", tmp_path / "shards", 5.0)
     assert {p.name for p in (tmp_path / "shards").iterdir()} == {
         "a.safetensors.index.json",
@@ -387,7 +387,7 @@ def test_a_directory_is_copied_whole(tmp_path: Path) -> None:
     }
 
 
-def test_nothing_is_overwritten_or_left_half_written(tmp_path: Path) -> None:
+def test_repair_never_overwrites_or_leaves_partial_output(tmp_path: Path) -> None:
     path = saved(tmp_path, "pt", {"w": torch.tensor([[1.0, 0.0], [0.0, 1e-3]])})
     taken = tmp_path / "taken.pt"
     taken.write_text("precious")
@@ -407,7 +407,7 @@ def tree(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("inside", ["fixed", "deep/er/fixed", "../in/fixed", "link/fixed"])
-def test_the_output_lies_outside_of_what_is_copied(tmp_path: Path, inside: str) -> None:
+def test_repair_refuses_output_inside_copied_directory(tmp_path: Path, inside: str) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     saved(folder, "pt", {"w": torch.diag(torch.tensor([1.0, 1e-3]))})
@@ -420,8 +420,8 @@ def test_the_output_lies_outside_of_what_is_copied(tmp_path: Path, inside: str) 
     assert tree(tmp_path) == before
 
 
-def test_the_output_lies_outside_of_what_links_lead_to(tmp_path: Path) -> None:
-    """What a link in the directory leads to is copied as well."""
+def test_repair_refuses_output_inside_linked_directory(tmp_path: Path) -> None:
+    """A repair also copies the target of a link in the directory."""
     folder, other = tmp_path / "in", tmp_path / "other"
     folder.mkdir()
     other.mkdir()
@@ -433,11 +433,12 @@ def test_the_output_lies_outside_of_what_links_lead_to(tmp_path: Path) -> None:
     wc.repair(folder, tmp_path / "fixed", 5.0)
     assert tree(tmp_path / "fixed") == {"model.pt", "logs", "logs/notes"}
     (folder / "model.pt").rename(folder / "moved.pt")
-    wc.repair(folder / "moved.pt", folder / "fixed.pt", 5.0)  # a file may have one beside it
+    # The output for a single file can be in the same folder.
+    wc.repair(folder / "moved.pt", folder / "fixed.pt", 5.0)
 
 
 @pytest.mark.parametrize("out", ["file/out.pt", "file/deep/out.pt"])
-def test_the_output_does_not_lie_below_a_file(tmp_path: Path, out: str) -> None:
+def test_repair_refuses_output_below_file(tmp_path: Path, out: str) -> None:
     path = saved(tmp_path, "pt", {"w": torch.eye(2)})
     (tmp_path / "file").write_text("precious")
     with pytest.raises(NotADirectoryError, match=r"`path_out` must lie in a directory.*another"):
@@ -445,7 +446,7 @@ def test_the_output_does_not_lie_below_a_file(tmp_path: Path, out: str) -> None:
     assert tree(tmp_path) == {"model.pt", "file"}
 
 
-def test_a_refused_repair_makes_no_directory(tmp_path: Path) -> None:
+def test_refused_repair_creates_no_directory(tmp_path: Path) -> None:
     path = saved(tmp_path, "pt", {"w": torch.tensor([[1.0, float("nan")]])})
     with pytest.raises(ValueError, match="nothing was written"):
         wc.repair(path, tmp_path / "new" / "er" / "out.pt", 5.0)
@@ -457,8 +458,8 @@ def test_a_refused_repair_makes_no_directory(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("scale", [1e-310, 1e-180, 1e-30, 1e30, 1e180, 1e308])
-def test_a_repair_does_not_mind_the_scale(tmp_path: Path, kind: str, scale: float) -> None:
-    """The squares of entries of 1e-180 are zero, of 1e180 infinite."""
+def test_repair_independent_of_scale(tmp_path: Path, kind: str, scale: float) -> None:
+    """The square of 1e-180 underflows to zero, and that of 1e180 overflows."""
     S = torch.tensor([[1.0, 0.3], [0.0, 0.1]], dtype=torch.float64) * scale
     path, fixed = saved(tmp_path, kind, {"w": S}), tmp_path / f"fixed.{kind}"
     (repair,) = wc.repair(path, fixed, 2.0).repairs
@@ -471,7 +472,7 @@ def test_a_repair_does_not_mind_the_scale(tmp_path: Path, kind: str, scale: floa
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_the_default_device_changes_nothing(tmp_path: Path, kind: str) -> None:
+def test_default_device_has_no_effect(tmp_path: Path, kind: str) -> None:
     path = saved(tmp_path, kind)
     wc.repair(path, tmp_path / f"expected.{kind}", 3.0)
     expected = wc.audit(path, certify=True)
@@ -486,7 +487,7 @@ def test_the_default_device_changes_nothing(tmp_path: Path, kind: str) -> None:
         assert torch.equal(one.read(), other.read())
 
 
-def test_zero_and_deficient_weights_have_an_outcome(tmp_path: Path) -> None:
+def test_repair_zero_and_rank_deficient_weights(tmp_path: Path) -> None:
     path = saved(tmp_path, "pt", {"zero": torch.zeros(3, 3), "flat": torch.ones(3, 3)})
     zero, flat = wc.repair(path, tmp_path / "out.pt", 4.0).repairs
     assert "zero" in zero.note
@@ -497,7 +498,7 @@ def test_zero_and_deficient_weights_have_an_outcome(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not NESTED, reason="torch.load of this torch refuses nested tensors")
-def test_nested_tensors_are_no_weights(tmp_path: Path) -> None:
+def test_nested_tensors_are_skipped(tmp_path: Path) -> None:
     rows = [torch.ones(2, 3), torch.ones(4, 3)]
     nested = {layout: torch.nested.nested_tensor(rows, layout=layout) for layout in LAYOUTS}
     content = {"w": torch.eye(3), **{str(layout): each for layout, each in nested.items()}}
@@ -511,7 +512,7 @@ def test_nested_tensors_are_no_weights(tmp_path: Path) -> None:
 LAYOUTS = (torch.strided, torch.jagged)
 
 
-def test_a_config_says_how_tensors_are_cut_and_a_bad_one_nothing(tmp_path: Path) -> None:
+def test_config_defines_views_and_invalid_config_ignored(tmp_path: Path) -> None:
     content = {"a.query_key_value.weight": torch.randn(20, 12), "a.dense.weight": torch.eye(12)}
     torch.save(content, tmp_path / "model.pt")
 
@@ -536,10 +537,10 @@ def test_a_config_says_how_tensors_are_cut_and_a_bad_one_nothing(tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
-def test_a_pointer_of_git_lfs_is_called_one(name: str, tmp_path: Path) -> None:
+def test_git_lfs_pointer_is_named(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 132735\n")
-    with pytest.raises(ValueError, match=r"is a pointer of Git LFS.*`git lfs pull`"):
+    with pytest.raises(ValueError, match=r"is a Git LFS pointer.*`git lfs pull`"):
         wc.audit(path)
     torch.save({"weight": torch.eye(3)}, tmp_path / "other.pt")
     report = wc.audit(tmp_path)
@@ -550,10 +551,8 @@ def test_a_pointer_of_git_lfs_is_called_one(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scales", [{}, {"b.SCB": torch.ones(7)}], ids=["alone", "with scales"])
-def test_a_weight_that_is_quantised_counts_as_not_measured(
-    scales: dict[str, Tensor], tmp_path: Path
-) -> None:
-    """Or a file of which most is quantised would pass as covered."""
+def test_quantised_weight_counts_as_not_measured(scales: dict[str, Tensor], tmp_path: Path) -> None:
+    """Otherwise a file that is mostly quantised would have full coverage."""
     codes = torch.ones(8, 9, dtype=torch.int8)
     save_file(
         {"a.weight": torch.eye(8, 3).contiguous(), "b.weight": codes} | scales,
@@ -564,13 +563,13 @@ def test_a_weight_that_is_quantised_counts_as_not_measured(
     assert share == pytest.approx(24 / (24 + 72 + others))
 
 
-def test_positions_and_masks_are_no_parameters(tmp_path: Path) -> None:
+def test_positions_and_masks_are_not_parameters(tmp_path: Path) -> None:
     buffers = {"ids": torch.arange(12), "attn.bias": torch.ones(9, 9, dtype=torch.uint8)}
     torch.save({"a.weight": torch.eye(8, 3)} | buffers, tmp_path / "model.pt")
     assert wc.audit(tmp_path / "model.pt").coverage.parameter_share == 1
 
 
-def test_a_header_whose_length_begins_as_a_zip_archive_does_is_read(tmp_path: Path) -> None:
+def test_header_length_with_zip_signature_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file({"a.weight": torch.eye(3)}, path)
     content = path.read_bytes()
@@ -585,13 +584,13 @@ def test_a_header_whose_length_begins_as_a_zip_archive_does_is_read(tmp_path: Pa
     ("name", "content", "said"),
     [
         ("a.pt", b"", "it is empty"),
-        ("a.pt", b"not a checkpoint", "it holds no pickle"),
-        ("a.pt", b"x\x00\x00\x00\x00\x00\x00\x00{}", "it holds no pickle"),
-        ("a.safetensors", b"PK\x03\x04 and so on", "its name must end in .pt"),
-        ("a.safetensors", b"no header at all", "It is another kind of file, or damaged"),
+        ("a.pt", b"not a checkpoint", "it contains no complete pickle"),
+        ("a.pt", b"x\x00\x00\x00\x00\x00\x00\x00{}", "it contains no complete pickle"),
+        ("a.safetensors", b"PK\x03\x04 and so on", "its name ends in .pt"),
+        ("a.safetensors", b"no header at all", "It is another kind of file, damaged"),
     ],
 )
-def test_what_is_no_checkpoint_is_called_that(
+def test_file_that_is_not_a_checkpoint_is_refused(
     name: str, content: bytes, said: str, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_bytes(content)
@@ -599,10 +598,10 @@ def test_what_is_no_checkpoint_is_called_that(
         wc.audit(tmp_path / name)
 
 
-def test_a_weight_without_values_counts_as_not_measured(tmp_path: Path) -> None:
+def test_weight_without_values_counts_as_not_measured(tmp_path: Path) -> None:
     absent = torch.empty(4, 4, device="meta")
     content = {"w": torch.eye(3), "absent.weight": absent, "count": absent.int()}
-    for beside in ({}, {"config": Path("x")}):  # other Python objects are read in another way
+    for beside in ({}, {"config": Path("x")}):  # a file with Python objects is read differently
         torch.save(content | beside, tmp_path / "a.pt")
         coverage = wc.audit(tmp_path / "a.pt").coverage
         assert coverage.skipped["absent.weight"].reason is Reason.no_values
@@ -610,7 +609,7 @@ def test_a_weight_without_values_counts_as_not_measured(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("index", [True, False])
-def test_files_of_other_formats_beside_weights_are_named(tmp_path: Path, index: bool) -> None:
+def test_files_of_other_formats_in_folder_are_listed(tmp_path: Path, index: bool) -> None:
     save_file({"w": torch.eye(3)}, tmp_path / "model.safetensors")
     if index:
         places = {"weight_map": {"w": "model.safetensors"}}
@@ -640,7 +639,7 @@ def language_model(
 
 
 @pytest.mark.parametrize("index", [True, False])
-def test_a_language_model_without_its_head_lacks_a_weight(tmp_path: Path, index: bool) -> None:
+def test_missing_head_is_reported(tmp_path: Path, index: bool) -> None:
     language_model(tmp_path, index=index)
     skipped = wc.audit(tmp_path).coverage.skipped
     assert skipped["lm_head.weight"] == Skipped(Reason.missing)
@@ -658,7 +657,7 @@ def test_a_language_model_without_its_head_lacks_a_weight(tmp_path: Path, index:
     ],
     ids=str,
 )
-def test_a_head_that_is_there_or_tied_or_not_meant_is_not_missing(
+def test_present_tied_or_unneeded_head_is_not_missing(
     tmp_path: Path, config: dict[str, Any]
 ) -> None:
     language_model(tmp_path, **config)
@@ -667,7 +666,7 @@ def test_a_head_that_is_there_or_tied_or_not_meant_is_not_missing(
     }
 
 
-def test_a_shard_alone_and_an_adapter_lack_no_head(tmp_path: Path) -> None:
+def test_single_shard_and_adapter_do_not_lack_head(tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     shard = language_model(tmp_path)
     assert "lm_head.weight" not in wc.audit(shard).coverage.skipped

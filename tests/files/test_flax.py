@@ -1,6 +1,6 @@
-"""Files of Flax: what Flax has written is read as Flax reads it, and measured as its layers act.
+"""Flax files: arrays equal those that Flax reads, and singular values those of its layers.
 
-See write_flax.py; what is damaged is packed here.
+write_flax.py writes the data; the tests pack damaged files themselves.
 """
 
 import json
@@ -28,7 +28,7 @@ DATA = Path(__file__).with_name("data") / "flax"
 
 
 def packed(value: Any) -> bytes:
-    """What msgpack makes of it; an array as Flax has it."""
+    """Packs a value with msgpack, and an array like Flax."""
     match value:
         case np.ndarray():
             inner = packed([[*value.shape], value.dtype.name, value.tobytes()])
@@ -56,16 +56,16 @@ def extension(shape: Any, dtype: Any, data: Any, code: int = 1) -> bytes:
 
 
 def tree_of(**members: bytes) -> bytes:
-    """A map of values that are packed."""
+    """Joins packed values to a map."""
     return bytes([0x80 + len(members)]) + b"".join(
         packed(name) + value for name, value in members.items()
     )
 
 
-# --- against Flax ---------------------------------------------------------------------------------
+# --- comparison with Flax -------------------------------------------------------------------------
 
 
-def test_layers_are_measured_as_they_act_in_flax() -> None:
+def test_singular_values_equal_those_of_flax_layers() -> None:
     expected = json.loads((DATA / "expected.json").read_text())["singular values"]
     report = wc.audit(DATA / "state.msgpack")
     found = {f.label.removesuffix(":kernel"): f for f in report.findings}
@@ -83,8 +83,8 @@ def test_layers_are_measured_as_they_act_in_flax() -> None:
     assert Reason.layout not in reasons.values()
 
 
-def test_every_kind_of_value_is_read() -> None:
-    """Also arrays in chunks, as Flax cuts those above a gigabyte."""
+def test_every_kind_of_array_is_read() -> None:
+    """This includes arrays in chunks, into which Flax splits arrays above 1 GB."""
     kernel = torch.tensor(json.loads((DATA / "expected.json").read_text())["kernel"])
     file = Flax(DATA / "chunked.msgpack")
     assert torch.equal(file.read("float32"), kernel)
@@ -104,19 +104,19 @@ def test_every_kind_of_value_is_read() -> None:
 
 
 @pytest.mark.libraries
-def test_what_flax_writes_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flax_output_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("flax")
     command = [sys.executable, DATA.parent.with_name("write_flax.py"), tmp_path]
     subprocess.run(command, check=True, capture_output=True)
     monkeypatch.setattr(sys.modules[__name__], "DATA", tmp_path)
-    test_layers_are_measured_as_they_act_in_flax()
-    test_every_kind_of_value_is_read()
+    test_singular_values_equal_those_of_flax_layers()
+    test_every_kind_of_array_is_read()
 
 
 # --- files and folders ----------------------------------------------------------------------------
 
 
-def test_a_checkpoint_without_an_ending_is_known_by_its_content(tmp_path: Path) -> None:
+def test_checkpoint_without_ending_recognised_by_content(tmp_path: Path) -> None:
     (tmp_path / "checkpoint_100").write_bytes(packed({"params": {"w": np.diag([9.0, 1.0])}}))
     found = wc.audit(tmp_path / "checkpoint_100").findings
     assert [(f.name, f.condition_number) for f in found] == [("params/w", 9.0)]
@@ -125,7 +125,7 @@ def test_a_checkpoint_without_an_ending_is_known_by_its_content(tmp_path: Path) 
         wc.audit(tmp_path / "checkpoint_101")
 
 
-def test_the_state_of_an_optimizer_is_none_of_the_weights(tmp_path: Path) -> None:
+def test_optimizer_state_is_skipped(tmp_path: Path) -> None:
     match = "only the state of an optimizer"
     shutil.copy(DATA / "opt_state.msgpack", tmp_path / "other.msgpack")
     (tmp_path / "opt_state.msgpack").write_bytes(packed({"0": {"trace": {"w": np.eye(3)}}}))
@@ -139,8 +139,8 @@ def test_the_state_of_an_optimizer_is_none_of_the_weights(tmp_path: Path) -> Non
     assert skipped == dict.fromkeys(("opt_state.msgpack", "other.msgpack"), Reason.no_tensors)
 
 
-def test_shards_are_united_by_their_index(tmp_path: Path) -> None:
-    """As transformers 4 saved large models of Flax."""
+def test_shards_read_through_index(tmp_path: Path) -> None:
+    """transformers 4 saved large Flax models in shards."""
     for number in (1, 2):
         content = {"model": {str(number): {"kernel": np.diag([9.0, number])}}}
         (tmp_path / f"flax_model-0000{number}-of-00002.msgpack").write_bytes(packed(content))
@@ -155,10 +155,10 @@ def test_shards_are_united_by_their_index(tmp_path: Path) -> None:
     assert {why.reason for why in report.coverage.skipped.values()} == {Reason.unread}
 
 
-def test_a_repair_says_how_to_convert(tmp_path: Path) -> None:
+def test_repair_error_explains_conversion(tmp_path: Path) -> None:
     path, other = tmp_path / "a.msgpack", tmp_path / "b.safetensors"
     path.write_bytes(packed({"d": {"kernel": np.diag([9.0, 1.0])}}))
-    with pytest.raises(ValueError, match="cannot be repaired: it is a msgpack file") as error:
+    with pytest.raises(ValueError, match="cannot be repaired: it is a Flax msgpack file") as error:
         wc.repair(path, other, 2.0)
     assert not other.exists()
     _, _, code = str(error.value).rstrip(".").partition("as safetensors: ")
@@ -166,7 +166,7 @@ def test_a_repair_says_how_to_convert(tmp_path: Path) -> None:
 
 
 @pytest.mark.libraries
-def test_the_way_from_flax_works(tmp_path: Path) -> None:
+def test_conversion_from_flax_works(tmp_path: Path) -> None:
     flax = pytest.importorskip("flax")
     path, other = DATA / "state.msgpack", tmp_path / "b.safetensors"
     _, _, code = Flax.not_copied.partition("as safetensors: ")
@@ -175,11 +175,11 @@ def test_the_way_from_flax_works(tmp_path: Path) -> None:
     assert before.items() <= after.items()
 
 
-def test_where_nothing_tells_the_order_of_axes_none_is_taken(tmp_path: Path) -> None:
+def test_unknown_order_of_axes_is_skipped(tmp_path: Path) -> None:
     path = tmp_path / "a.msgpack"
     drawn = np.random.default_rng(0).standard_normal
     content = {
-        "mlp": {"kernel": drawn((4, 8, 16))},  # layers without a bias, or a window
+        "mlp": {"kernel": drawn((4, 8, 16))},  # layers without a bias or a window
         "ConvTranspose_0": {"kernel": drawn((3, 3, 8, 8)), "bias": drawn(8)},
         "query": {"kernel": drawn((3, 8, 8))},
         "Conv_0": {"kernel": drawn((3, 8, 16))},
@@ -209,7 +209,7 @@ def chunked(shape: Any, chunks: Any, name: str = CHUNKED) -> bytes:
     return tree_of(w=tree_of(**{name: b"\xc3", "shape": packed(shape), "chunks": chunks}))
 
 
-def test_what_the_tests_pack_is_read(tmp_path: Path) -> None:
+def test_packed_test_data_is_read(tmp_path: Path) -> None:
     half = extension([2], "float32", EYE[0].tobytes())
     for data in (tree_of(w=GOOD), chunked({"0": 2, "1": 2}, tree_of(**{"0": half, "1": half}))):
         (tmp_path / "a.msgpack").write_bytes(data)
@@ -222,7 +222,7 @@ def test_what_the_tests_pack_is_read(tmp_path: Path) -> None:
         (b"", "ends within a value"),
         (tree_of(w=GOOD)[:-1], "beyond its end"),
         (tree_of(w=GOOD) + b"\xc0", "1 bytes follow"),
-        (b"\xc1", "has no kind"),
+        (b"\xc1", "has an unknown kind"),
         (b"\xdf\xff\xff\xff\xff", "beyond its end"),
         (b"\xdd\xff\xff\xff\xff" + bytes(99), "beyond its end"),
         (b"\xc6\xff\xff\xff\xff", "beyond its end"),
@@ -230,8 +230,8 @@ def test_what_the_tests_pack_is_read(tmp_path: Path) -> None:
         (b"\x81\xa1w" * 5000 + b"\xc0", "levels"),
         (b"\x82\xa1w\xc0\xa1w\xc0", "keys are the same"),
         (b"\x82\xa11\xc0\x01\xc0", "keys are the same"),
-        (b"\x81\x90\xc0", "neither a text"),
-        (b"\x81\xa2\xff\xff\xc0", "fit together"),
+        (b"\x81\x90\xc0", "neither a string"),
+        (b"\x81\xa2\xff\xff\xc0", "are inconsistent"),
         (tree_of(w=extension([2, 2], "float32", b"123")), "size of an array"),
         (tree_of(w=extension([2, -2], "float32", b"")), "shape of an array"),
         (tree_of(w=extension([True, 4], "float32", EYE.tobytes())), "shape of an array"),
@@ -241,39 +241,39 @@ def test_what_the_tests_pack_is_read(tmp_path: Path) -> None:
         (tree_of(w=extension([2, 2], "float32", "text")), "no shape, dtype or entries"),
         (tree_of(w=b"\xd4\x01\xc0"), "no shape, dtype or entries"),
         (b"\x82" + packed("a/b") + GOOD + packed("a") + tree_of(b=GOOD), "the same name"),
-        (chunked({"0": 2}, tree_of(**{"0": GOOD})), "do not make it"),
-        (chunked({"0": 4}, tree_of(**{"1": GOOD})), "do not make it"),
-        (chunked({"0": 0}, tree_of()), "do not make it"),
+        (chunked({"0": 2}, tree_of(**{"0": GOOD})), "differ from it"),
+        (chunked({"0": 4}, tree_of(**{"1": GOOD})), "differ from it"),
+        (chunked({"0": 0}, tree_of()), "differ from it"),
         (chunked({"1": 4}, tree_of(**{"0": GOOD})), "shape of an array"),
         (chunked([4], tree_of(**{"0": GOOD})), "no shape or no chunks"),
         (tree_of(w=tree_of(**{CHUNKED: b"\xc3"})), "no shape or no chunks"),
     ],
 )
-def test_contradictions_give_one_sentence(tmp_path: Path, data: bytes, what: str) -> None:
+def test_contradictory_files_are_refused(tmp_path: Path, data: bytes, what: str) -> None:
     (tmp_path / "a.msgpack").write_bytes(data)
-    with pytest.raises(UnreadableError, match=f"must be a whole msgpack file.*{what}"):
+    with pytest.raises(UnreadableError, match=f"is not a valid Flax msgpack file.*{what}"):
         wc.audit(tmp_path / "a.msgpack")
 
 
 @pytest.mark.parametrize(
     "data", [b"\xc0", b"\x05", b"\x80", packed({"a": "text"}), tree_of(w=b"\xd4\x09\xc0")]
 )
-def test_a_file_without_arrays_is_no_damaged_one(tmp_path: Path, data: bytes) -> None:
+def test_file_without_arrays_not_reported_as_damaged(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a.msgpack").write_bytes(data)
-    with pytest.raises(NoTensorsError, match="but holds none"):
+    with pytest.raises(NoTensorsError, match="but contains none"):
         wc.audit(tmp_path / "a.msgpack")
 
 
-def test_more_values_than_any_model_has_are_refused(tmp_path: Path) -> None:
-    """Each of a byte would take fifty in memory."""
+def test_too_many_values_are_refused(tmp_path: Path) -> None:
+    """A value of one byte would need 50 bytes of memory."""
     count = 3 << 20
     (tmp_path / "a.msgpack").write_bytes(b"\xdd" + struct.pack(">I", count) + b"\xc0" * count)
     with pytest.raises(UnreadableError, match="more than 1,048,576 values"):
         wc.audit(tmp_path / "a.msgpack")
 
 
-def test_rows_of_a_file_above_the_memory_are_read(tmp_path: Path) -> None:
-    """Of one that has holes; msgpack has no longer strings."""
+def test_rows_of_file_larger_than_memory_are_read(tmp_path: Path) -> None:
+    """The file is sparse; msgpack has no longer strings."""
     rows, path = (1 << 30) - 16, tmp_path / "a.msgpack"
     whole = packed({"w": np.zeros((0, 1), "float32")})
     inner = b"\x93\x92" + packed(rows) + b"\x01" + packed("float32")
@@ -287,8 +287,8 @@ def test_rows_of_a_file_above_the_memory_are_read(tmp_path: Path) -> None:
     assert Flax(path).read("w", (rows - 2, rows)).tolist() == [[0.0], [7.0]]
 
 
-def test_numbers_are_those_that_were_packed(tmp_path: Path) -> None:
-    """By the examples of the specification of msgpack."""
+def test_numbers_equal_packed_numbers(tmp_path: Path) -> None:
+    """The examples are those of the specification of msgpack."""
     examples = {
         b"\x7f": 127,
         b"\xe0": -32,

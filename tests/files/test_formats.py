@@ -1,4 +1,4 @@
-"""Files and folders of other formats are called what they are, with the way to convert them."""
+"""Errors for files and folders of other formats name the format and how to convert it."""
 
 import argparse
 import filecmp
@@ -25,7 +25,7 @@ from wellcond.files.checkpoint import Checkpoint
 from wellcond.files.tensors import NoTensorsError, UnreadableError
 from wellcond.weights.reasons import Reason, Skipped
 
-# What no message about a sound file of another format may say.
+# Words that no message about a valid file of another format contains.
 UNTRUE = ("damaged", "truncated", "vector", "expected 1", "fetch it again")
 
 
@@ -36,19 +36,19 @@ def of(data: bytes) -> Callable[[Path], object]:
 FILES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "a.tflite": (of(b"\x1c\0\0\0TFL3" + bytes(99)), "TensorFlow Lite", "--tflite"),
     "saved_model.pb": (of(b"\x08\x01" + bytes(9)), "TensorFlow graph", "--saved-model"),
-    "variables.data-00000-of-00001": (of(bytes(99)), "of TensorFlow", "--saved-model FOLDER"),
+    "variables.data-00000-of-00001": (of(bytes(99)), "TensorFlow", "--saved-model FOLDER"),
     "a.mlmodel": (of(b"\x08\x04"), "Core ML", "export"),
     "a.pte": (of(b"\x1c\0\0\0ET12" + bytes(9)), "ExecuTorch", "export"),
 }
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_of_another_format_is_named(
+def test_file_of_other_format_is_named(
     tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make, what, way_out = FILES[name]
     make(tmp_path / name)
-    for target in (tmp_path / name, tmp_path):  # also where it lies alone in a folder
+    for target in (tmp_path / name, tmp_path):  # also if it is the only file in a folder
         assert main(["audit", str(target)]) == 2
         err = capsys.readouterr().err
         assert err.startswith(f"wellcond: error: {tmp_path / name} must be a checkpoint in")
@@ -66,7 +66,7 @@ FOLDERS = {
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_a_folder_of_another_format_is_named(tmp_path: Path, name: str) -> None:
+def test_folder_of_other_format_is_named(tmp_path: Path, name: str) -> None:
     what, way_out = FOLDERS[name]
     (tmp_path / name).parent.mkdir(parents=True)
     (tmp_path / name).write_bytes(b"\x08\x01" + bytes(9))
@@ -74,18 +74,18 @@ def test_a_folder_of_another_format_is_named(tmp_path: Path, name: str) -> None:
         wc.audit(tmp_path / Path(name).parts[0])
 
 
-def test_weights_of_core_ml_are_no_damaged_file_of_torch(tmp_path: Path) -> None:
+def test_core_ml_weights_not_reported_as_damaged_torch_file(tmp_path: Path) -> None:
     path = tmp_path / "weight.bin"
     path.write_bytes(bytes([1, 0, 0, 0, 2]) + bytes(59) + b"\xef\xbe\xad\xde" + bytes(60))
     with pytest.raises(UnreadableError, match="is the weights of a Core ML package"):
         wc.audit(path)
-    path.write_bytes(b"PK\x03\x04" + bytes(99))  # its name tells nothing
-    with pytest.raises(UnreadableError, match=r"must be a whole file of torch\.save"):
+    path.write_bytes(b"PK\x03\x04" + bytes(99))  # its name does not tell the format
+    with pytest.raises(UnreadableError, match=r"is not a valid torch\.save file"):
         wc.audit(path)
 
 
 @pytest.mark.parametrize("protocol", [2, 5])
-def test_a_pickle_is_called_one_under_any_name(tmp_path: Path, protocol: int) -> None:
+def test_pickle_recognised_under_any_name(tmp_path: Path, protocol: int) -> None:
     path = tmp_path / "stats.pkl"
     path.write_bytes(pickle.dumps({"mean": 0.5}, protocol))
     with pytest.raises(UnreadableError, match=r"a pickle that torch\.save did not write"):
@@ -103,7 +103,7 @@ def test_a_pickle_is_called_one_under_any_name(tmp_path: Path, protocol: int) ->
 
 @pytest.mark.parametrize("ending", [".pt", ".bin", ".safetensors", ".ckpt", ""])
 @pytest.mark.parametrize("name", ["a.tflite"])
-def test_what_it_is_counts_and_not_its_name(tmp_path: Path, name: str, ending: str) -> None:
+def test_format_recognised_by_content_not_name(tmp_path: Path, name: str, ending: str) -> None:
     make, what, _ = FILES[name]
     make(tmp_path / name)
     (tmp_path / name).rename(tmp_path / f"renamed{ending}")
@@ -113,7 +113,7 @@ def test_what_it_is_counts_and_not_its_name(tmp_path: Path, name: str, ending: s
 
 @pytest.mark.parametrize("ending", [".pt", ".bin", ".safetensors", ".ckpt", ""])
 @pytest.mark.parametrize("name", ["a.npz", "a.npy"])
-def test_what_is_read_is_read_under_another_name(tmp_path: Path, name: str, ending: str) -> None:
+def test_supported_format_read_under_any_name(tmp_path: Path, name: str, ending: str) -> None:
     W = np.diag([9.0, 1.0])
     np.savez(tmp_path / name, w=W) if name == "a.npz" else np.save(tmp_path / name, W)
     (tmp_path / name).rename(tmp_path / f"w{ending}")
@@ -124,7 +124,7 @@ def test_what_is_read_is_read_under_another_name(tmp_path: Path, name: str, endi
 def distributed(tmp_path: Path) -> Path:
     folder = tmp_path / "step-5"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that no process group is there
+        warnings.simplefilter("ignore")  # there is no process group
         dcp.save({"w": torch.diag(torch.tensor([9.0, 1.0]))}, checkpoint_id=folder)
     return folder
 
@@ -133,11 +133,11 @@ def kappas(path: Path) -> dict[str, float]:
     return {finding.name: finding.condition_number for finding in wc.audit(path).findings}
 
 
-def test_a_distributed_checkpoint_is_read_by_its_folder(tmp_path: Path, distributed: Path) -> None:
+def test_distributed_checkpoint_read_by_folder(tmp_path: Path, distributed: Path) -> None:
     for path in (distributed, distributed / ".metadata", tmp_path):
         assert kappas(path) == {"w": 9.0}
     (part,) = distributed.glob("*.distcp")
-    match = r"a part of a checkpoint of torch\.distributed\.checkpoint\. Give its folder, in which"
+    match = r"a shard of torch\.distributed\.checkpoint\. Give the path of its folder, which"
     with pytest.raises(UnreadableError, match=match):
         wc.audit(part)
     (distributed / ".metadata").unlink()
@@ -146,22 +146,20 @@ def test_a_distributed_checkpoint_is_read_by_its_folder(tmp_path: Path, distribu
             wc.audit(path)
 
 
-def test_weights_beside_a_distributed_checkpoint_are_read_too(distributed: Path) -> None:
+def test_weights_next_to_distributed_checkpoint_are_read(distributed: Path) -> None:
     save_file({"w": torch.eye(3)}, distributed / "model.safetensors")
     assert kappas(distributed) == {".metadata/w": 9.0, "model.safetensors/w": 1.0}
 
 
-def test_the_state_of_a_trainer_of_lightning_is_none_of_the_weights(distributed: Path) -> None:
+def test_lightning_trainer_state_is_skipped(distributed: Path) -> None:
     torch.save({"epoch": 1, "pytorch-lightning_version": "2.6"}, distributed / "meta.pt")
     report = wc.audit(distributed)
     assert [f.name for f in report.findings] == ["w"]
     assert report.coverage.skipped == {"meta.pt": Skipped(Reason.no_tensors)}
 
 
-def test_a_folder_is_read_for_the_one_that_has_the_weights(
-    tmp_path: Path, distributed: Path
-) -> None:
-    """As FSDP with sharded states writes them: the weights lie in a folder of their own."""
+def test_subfolder_with_weights_is_found(tmp_path: Path, distributed: Path) -> None:
+    """FSDP with sharded states writes the weights into a separate folder."""
     torch.save({"last_epoch": 1}, tmp_path / "scheduler.pt")
     assert kappas(tmp_path) == {"w": 9.0}
     torch.save({"cpu": torch.get_rng_state()}, tmp_path / "rng_state.pth")
@@ -177,33 +175,35 @@ def test_a_folder_is_read_for_the_one_that_has_the_weights(
         assert same == (path != Path("step-5", "__0_0.distcp"))
     assert kappas(target)["w"] <= 2.0
     shutil.copytree(distributed, tmp_path / "step-6")
-    match = r"must hold one checkpoint, but holds several: step-5, step-6\. Give the path of one"
+    match = (
+        r"must contain one checkpoint, but contains several: step-5, step-6\. Give the path of one"
+    )
     with pytest.raises(UnreadableError, match=match):
         wc.audit(tmp_path)
     save_file({"v": torch.eye(3)}, tmp_path / "model.safetensors")
-    assert kappas(tmp_path) == {"v": 1.0}  # which has weights itself
+    assert kappas(tmp_path) == {"v": 1.0}  # the folder contains weights itself
 
 
-def test_a_folder_that_may_not_be_listed_is_passed_over(tmp_path: Path, distributed: Path) -> None:
+def test_unreadable_subfolder_is_ignored(tmp_path: Path, distributed: Path) -> None:
     (tmp_path / "closed").mkdir(mode=0)
     assert kappas(tmp_path) == {"w": 9.0}
 
 
-def test_a_checkpoint_of_megatron_is_named(tmp_path: Path, distributed: Path) -> None:
+def test_megatron_checkpoint_is_named(tmp_path: Path, distributed: Path) -> None:
     settings = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     (distributed / "metadata.json").write_text(json.dumps(settings))
     torch.save({"args": argparse.Namespace(layers=2)}, distributed / "common.pt")
     for path in (distributed, tmp_path):
-        with pytest.raises(ValueError, match="a checkpoint of Megatron Core, which stacks layers"):
+        with pytest.raises(ValueError, match="a Megatron Core checkpoint, which stacks layers"):
             wc.audit(path)
 
 
 class LossScaler:
-    """As DeepSpeed has in its states of optimizers."""
+    """A class in the optimizer states of DeepSpeed."""
 
 
 def deepspeed(folder: Path, stage: int) -> Path:
-    """The folder that DeepSpeed writes."""
+    """Writes a folder like DeepSpeed."""
     step = folder / "global_step1"
     step.mkdir(parents=True)
     (folder / "latest").write_text("global_step1")
@@ -226,7 +226,7 @@ def deepspeed(folder: Path, stage: int) -> Path:
     return step
 
 
-def test_deepspeed_is_read_where_it_is_whole(tmp_path: Path) -> None:
+def test_deepspeed_stage_2_is_read(tmp_path: Path) -> None:
     step = deepspeed(tmp_path / "run", 2)
     report = wc.audit(step)
     assert [f.condition_number for f in report.findings] == [9.0]
@@ -244,7 +244,7 @@ def test_deepspeed_is_read_where_it_is_whole(tmp_path: Path) -> None:
 DATA = Path(__file__).with_name("data")
 
 
-def test_what_deepspeed_has_saved_is_read(tmp_path: Path) -> None:
+def test_deepspeed_data_is_read(tmp_path: Path) -> None:
     """See write_deepspeed.py."""
     expected = load_file(DATA / "zero2.safetensors")
     for folder in (DATA / "zero2", DATA / "zero2" / "global_step2"):
@@ -261,20 +261,20 @@ def test_what_deepspeed_has_saved_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.frameworks
-def test_what_deepspeed_saves_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deepspeed_output_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("deepspeed")
     for stage in ("2", "3"):
         command = [sys.executable, DATA.with_name("write_deepspeed.py"), stage, tmp_path]
         subprocess.run(command, check=True, capture_output=True)
     monkeypatch.setattr(sys.modules[__name__], "DATA", tmp_path)
-    test_what_deepspeed_has_saved_is_read(tmp_path)
+    test_deepspeed_data_is_read(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("latest", "read"),
     [
         ("global_step2\n", "global_step2"),
-        ("global_step3", ""),  # not there
+        ("global_step3", ""),  # does not exist
         ("", ""),
         ("..", ""),
         ("../other", ""),
@@ -285,7 +285,7 @@ def test_what_deepspeed_saves_is_read(tmp_path: Path, monkeypatch: pytest.Monkey
         (None, ""),
     ],
 )
-def test_the_latest_of_several_steps_is_read_and_nothing_outside(
+def test_deepspeed_latest_step_read_and_nothing_outside(
     tmp_path: Path, latest: str | None, read: str
 ) -> None:
     run, outside = tmp_path / "run", tmp_path / "other"
@@ -299,13 +299,13 @@ def test_the_latest_of_several_steps_is_read_and_nothing_outside(
     if read:
         assert kappas(run) == {"module.w": 1.0}
         return
-    with pytest.raises(UnreadableError, match="holds several: global_step1, global_step2"):
+    with pytest.raises(UnreadableError, match="contains several: global_step1, global_step2"):
         wc.audit(run)
     shutil.rmtree(run / "global_step2")
-    assert kappas(run) == {"module.0.weight": 9.0}  # the only one, whatever is called the latest
+    assert kappas(run) == {"module.0.weight": 9.0}  # the only step, whatever `latest` contains
 
 
-def test_a_folder_of_deepspeed_is_repaired_where_its_weights_are(tmp_path: Path) -> None:
+def test_repair_deepspeed_folder_in_place(tmp_path: Path) -> None:
     run = tmp_path / "run"
     step = deepspeed(run, 2)
     step.chmod(0o555)
@@ -327,7 +327,7 @@ def test_a_folder_of_deepspeed_is_repaired_where_its_weights_are(tmp_path: Path)
     assert changed == {Path(states)}
 
 
-def test_ranks_of_tensor_parallelism_are_not_joined(tmp_path: Path) -> None:
+def test_tensor_parallel_ranks_are_not_joined(tmp_path: Path) -> None:
     step = deepspeed(tmp_path / "run", 2)
     states = step / "mp_rank_00_model_states.pt"
     shutil.copy(states, step / "mp_rank_01_model_states.pt")
@@ -336,7 +336,7 @@ def test_ranks_of_tensor_parallelism_are_not_joined(tmp_path: Path) -> None:
             wc.audit(path)
 
 
-def test_deepspeed_without_values_says_where_they_lie(
+def test_deepspeed_stage_3_error_names_converter(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     step = deepspeed(tmp_path / "run", 3)
@@ -351,9 +351,7 @@ def test_deepspeed_without_values_says_where_they_lie(
 
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("ending", [".pth.tar", ".pt.tar"])
-def test_double_endings_are_read_alone_and_in_folders(
-    tmp_path: Path, ending: str, legacy: bool
-) -> None:
+def test_double_endings_are_read(tmp_path: Path, ending: str, legacy: bool) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     content = {"w": torch.diag(torch.tensor([9.0, 1.0]))}
@@ -369,24 +367,20 @@ def test_double_endings_are_read_alone_and_in_folders(
 
 
 @pytest.mark.parametrize("ending", [".pt", ".bin", ".ckpt", ".zzz"])
-def test_a_zip_archive_of_another_kind_is_no_damaged_file_of_torch(
-    tmp_path: Path, ending: str
-) -> None:
-    """Such as one that was cut off before its pickle was written."""
+def test_other_zip_archive_not_reported_as_damaged(tmp_path: Path, ending: str) -> None:
+    """For example, an archive truncated before its pickle was written."""
     path = tmp_path / f"a{ending}"
     with zipfile.ZipFile(path, "w") as archive:
         for number in range(3):
             archive.writestr(f"a/data/{number}", "12345678")
-    match = r"zip archive without data\.pkl: it holds a/data/0, a/data/1 and 1 more\. If it was"
+    match = r"zip archive without data\.pkl: it contains a/data/0, a/data/1 and 1 more\. If it was"
     with pytest.raises(UnreadableError, match=match):
         wc.audit(path)
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 @pytest.mark.parametrize("content", [{"w": torch.eye(3)}, {"w": np.eye(3)}, [1], Path("x")])
-def test_a_pickle_of_another_program_is_named_and_not_read(
-    tmp_path: Path, content: Any, protocol: int
-) -> None:
+def test_foreign_pickle_named_and_not_read(tmp_path: Path, content: Any, protocol: int) -> None:
     with (tmp_path / "a.pt").open("wb") as file:
         pickle.dump(content, file, protocol=protocol)
     with pytest.raises(
@@ -394,7 +388,7 @@ def test_a_pickle_of_another_program_is_named_and_not_read(
     ) as error:
         wc.audit(tmp_path / "a.pt")
     assert not any(word in str(error.value) for word in UNTRUE)
-    for legacy in (True, False):  # those of torch are read, of whatever protocol
+    for legacy in (True, False):  # pickles of torch are read with any protocol
         torch.save(
             {"w": torch.eye(3)},
             tmp_path / "b.pt",
@@ -411,11 +405,14 @@ def test_a_pickle_of_another_program_is_named_and_not_read(
         ([1], "a list and no tensor. Save a state dict"),
         (None, "None and no tensor. Save a state dict"),
         (argparse.Namespace(a=1), "an argparse.Namespace and no tensor. Save"),
-        ({"a": np.float64(1)}, "a dict and no tensor; beside it are Python objects that are not"),
-        ({"epoch": 1, "pytorch-lightning_version": "2.6"}, "of Lightning and no tensor. The weig"),
+        ({"a": np.float64(1)}, "a dict and no tensor; its Python objects are not read"),
+        (
+            {"epoch": 1, "pytorch-lightning_version": "2.6"},
+            "a Lightning trainer and no tensor. The w",
+        ),
     ],
 )
-def test_a_file_without_tensors_says_what_it_holds(
+def test_error_for_file_without_tensors_states_content(
     tmp_path: Path, content: Any, found: str
 ) -> None:
     torch.save(content, tmp_path / "meta.pt")
@@ -423,7 +420,7 @@ def test_a_file_without_tensors_says_what_it_holds(
         wc.audit(tmp_path / "meta.pt")
 
 
-def test_reasons_that_end_in_a_full_stop_are_listed_without_it(tmp_path: Path) -> None:
+def test_listed_reasons_have_no_full_stop(tmp_path: Path) -> None:
     save_file({"v": torch.ones(3)}, tmp_path / "model.safetensors")
     (tmp_path / "b.bin").write_bytes(b"text")
     (tmp_path / "c.bin").write_bytes(pickle.dumps([1]))
@@ -433,10 +430,10 @@ def test_reasons_that_end_in_a_full_stop_are_listed_without_it(tmp_path: Path) -
     assert ".)" not in str(error.value)
 
 
-def test_unknown_files_are_still_refused_by_their_ending(tmp_path: Path) -> None:
+def test_unknown_files_refused_by_ending(tmp_path: Path) -> None:
     (tmp_path / "a.xyz").write_bytes(b"text")
     with pytest.raises(UnreadableError, match=r"must end in \.safetensors"):
         wc.audit(tmp_path / "a.xyz")
     (tmp_path / "config.json").write_text(json.dumps({}))
-    with pytest.raises(UnreadableError, match="has none that ends in"):
+    with pytest.raises(UnreadableError, match="contains none whose name ends in"):
         wc.audit(tmp_path)

@@ -1,6 +1,6 @@
-"""Damaged files and attacks end in an answer or in one line; in bounded time and memory.
+"""Damaged files and attacks give an answer or one line, in bounded time and memory.
 
-They are read in a process of their own, which is killed where a file takes too much; see `fuzz.py`.
+A separate process reads them, and is killed if a file exceeds the limits; see `fuzz.py`.
 """
 
 import json
@@ -21,7 +21,7 @@ Rows = dict[str, dict[str, Any]]
 
 
 def served(folder: Path, first: int, last: int) -> tuple[Rows, str]:
-    """What came of each file, and what stopped the process; "" if nothing did."""
+    """Returns the outcome for each file, and what stopped the process, or ""."""
     done = subprocess.run(
         [sys.executable, str(WORKER), str(folder), str(first), str(last)],
         capture_output=True,
@@ -41,18 +41,18 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
     return rows
 
 
-def test_whole_files_of_every_format_are_read(rows: Rows) -> None:
+def test_valid_files_of_every_format_are_read(rows: Rows) -> None:
     codes = {label: row["codes"] for label, row in rows.items() if row["part"] == "whole"}
-    # Of which `left` and `right` cannot be repaired apart; of others no copy is written.
+    # `left` and `right` cannot be repaired separately; other formats are not copied.
     kept = ("pt views", "legacy views", *READ_ONLY)
     plain = {label: code for label, code in codes.items() if len(code) == 2}
     assert len(plain) >= 30
     assert plain == {kind: "02" if kind.startswith(kept) else "00" for kind in plain}
-    # What recipes build: an audit, a repair, heads, a plain copy.
+    # For weights that recipes build: an audit, a repair, heads, a plain copy.
     built = {label: code for label, code in codes.items() if len(code) == 4}
     assert len(built) >= 45
     assert {code[0] for code in built.values()} == {"0"}
-    # Weights that are split over files, and one that the format of the copy cannot store.
+    # Weights split over files, and a weight that the format of the copy cannot store.
     whole = {label for label, code in built.items() if code[3] == "0"}
     split = {label for label in built if "slices" in label or "distributed" in label}
     assert built.keys() - whole <= split | {"torchao, older"}
@@ -67,7 +67,7 @@ def test_attacks_are_answered(rows: Rows) -> None:
 def test_damaged_files_are_answered(rows: Rows) -> None:
     wrong = {label: row["wrong"] for label, row in rows.items() if row["wrong"]}
     assert not wrong
-    # Not all damage is noticed, as that of a weight; most of it is.
+    # Most damage is detected, but not that of values of weights.
     codes = Counter(row["codes"][:2] for row in rows.values() if row["part"] == "damaged")
     assert codes["22"] > codes["00"] > 2
 

@@ -1,4 +1,4 @@
-"""GGUF files: what the package of llama.cpp writes is read as that package reads it."""
+"""GGUF files: tensors that the package `gguf` writes are read as this package reads them."""
 
 import json
 import struct
@@ -40,7 +40,7 @@ NUMBERS = {Kind.F32: np.float32, Kind.F16: np.float16, Kind.F64: np.float64}
 
 
 def stored(array: torch.Tensor, kind: Any) -> Any:
-    """As this kind, or other blocks of this kind where the package has no method to make them."""
+    """Quantises to this type, or makes random blocks if the package cannot quantise to it."""
     numbers = array.numpy().astype(np.float32)
     if kind in NUMBERS:
         return numbers.astype(NUMBERS[kind])
@@ -59,7 +59,7 @@ def write(
     heads: tuple[int, int] | None = None,
     **options: Any,
 ) -> Path:
-    """A file of these tensors as these kinds, by the package."""
+    """Writes a file of these tensors in these types with the package."""
     writer = gguf.GGUFWriter(path, architecture, **options)
     if heads:
         writer.add_head_count(heads[0])
@@ -80,7 +80,7 @@ def of(array: torch.Tensor) -> Block:
 
 
 def save(path: Path, tensors: Mapping[str, Block], **settings: Any) -> Path:
-    """The same without the package."""
+    """Writes a file without the package."""
     path.write_bytes(gguf_file(tensors, settings))
     return path
 
@@ -93,13 +93,13 @@ def by_library(path: Path) -> dict[str, Any]:
 
 
 def same(tensor: torch.Tensor, array: Any) -> bool:
-    """Bit for bit, NaN included."""
+    """Compares bits, including those of NaN."""
     return tensor.shape == array.shape and tensor.float().numpy().tobytes() == array.tobytes()
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the package, on scales that are NaN
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the package warns about scales that are NaN
 @pytest.mark.parametrize("kind", DECODED, ids=lambda kind: kind.name)
-def test_entries_are_those_of_the_library(
+def test_entries_equal_those_of_package(
     tmp_path: Path, kind: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("wellcond.files.gguf._PIECE", 1024)
@@ -118,13 +118,13 @@ def test_entries_are_those_of_the_library(
     assert row.dtype.lower() == plain.get(kind, kind.name.lower())
 
 
-def test_the_kind_of_blocks_has_its_usual_name(tmp_path: Path) -> None:
+def test_types_have_usual_names(tmp_path: Path) -> None:
     tensors = {"a": (randn(4, 256), Kind.Q4_K), "b": (randn(4, 256), Kind.Q5_1)}
     report = wc.audit(write(tmp_path / "a.gguf", tensors))
     assert {f.name: f.dtype for f in report.findings} == {"a": "q4_K", "b": "q5_1"}
 
 
-def test_double_precision_is_kept(tmp_path: Path) -> None:
+def test_float64_is_preserved(tmp_path: Path) -> None:
     array = randn(4, 3).double() / 3
     writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
     writer.add_tensor("a", array.numpy())
@@ -140,7 +140,7 @@ def test_double_precision_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [Kind.Q8_1, Kind.Q8_K, 99], ids=str)
-def test_a_type_that_is_not_decoded_has_a_reason(tmp_path: Path, kind: int) -> None:
+def test_undecoded_type_skipped_with_reason(tmp_path: Path, kind: int) -> None:
     length, size = SIZES.get(kind, (32, 11))
     w = torch.diag(torch.tensor([9.0, 1.0]))
     other = kind, (2, length), b"\xff" * 2 * size
@@ -154,7 +154,7 @@ def test_a_type_that_is_not_decoded_has_a_reason(tmp_path: Path, kind: int) -> N
 
 @pytest.mark.parametrize("version", [2, 3])
 @pytest.mark.parametrize("alignment", [1, 8, 64])
-def test_versions_and_alignments(tmp_path: Path, version: int, alignment: int) -> None:
+def test_versions_and_alignments_are_read(tmp_path: Path, version: int, alignment: int) -> None:
     tensors = {"a": of(randn(3, 5)), "number": of(torch.tensor(2.0)), "b": of(randn(2, 3, 4))}
     settings = {"a.list": ["x", "y" * 5000], "general.alignment": alignment, "a.long": "z" * 5000}
     settings |= {"a.many": [1.5] * 2000}
@@ -166,7 +166,7 @@ def test_versions_and_alignments(tmp_path: Path, version: int, alignment: int) -
         assert file.entries[name].shape == shape
 
 
-def test_tensors_may_lie_in_any_order_but_not_within_others(tmp_path: Path) -> None:
+def test_tensors_in_any_order_but_not_overlapping(tmp_path: Path) -> None:
     a, b = randn(2, 4), randn(2, 4, seed=1)
     data = gguf_file({"a": of(a), "b": of(b)}, {})
     first, second = (struct.pack("<QQIQ", 4, 2, 0, offset) for offset in (0, 32))
@@ -183,12 +183,12 @@ def test_tensors_may_lie_in_any_order_but_not_within_others(tmp_path: Path) -> N
             wc.audit(path)
 
 
-def test_a_file_that_is_cut_off_is_no_whole_one(tmp_path: Path) -> None:
+def test_truncated_file_is_refused(tmp_path: Path) -> None:
     data = corpus()["gguf"].files["a.gguf"]
     path = tmp_path / "a.gguf"
     for size in [*range(len(data) - 64, len(data)), *range(0, 900)]:
         path.write_bytes(data[:size])
-        with pytest.raises(UnreadableError, match="must be a whole GGUF file"):
+        with pytest.raises(UnreadableError, match="is not a valid GGUF file"):
             Gguf(path)
 
 
@@ -199,10 +199,10 @@ NAME = struct.pack("<Q", 1) + b"a"
 @pytest.mark.parametrize(
     ("data", "why"),
     [
-        (HEADER + struct.pack("<QQ", 1 << 62, 0), "holds 4,611,686,018,427,387,904 tensors"),
-        (HEADER + struct.pack("<QQ", 0, 1 << 62), "settings, and at most"),
+        (HEADER + struct.pack("<QQ", 1 << 62, 0), "declares 4,611,686,018,427,387,904 tensors"),
+        (HEADER + struct.pack("<QQ", 0, 1 << 62), "settings, but the limit is"),
         (HEADER + struct.pack("<QQQ", 1, 0, 1 << 63), "a name in its header has"),
-        (HEADER + struct.pack("<QQQ", 1, 0, 1) + b"\xff", "is no text"),
+        (HEADER + struct.pack("<QQQ", 1, 0, 1) + b"\xff", "is not UTF-8"),
         (HEADER + struct.pack("<QQ", 1, 0) + NAME + struct.pack("<I", 5), "5 dimensions"),
         (HEADER + struct.pack("<QQ", 1, 0) + NAME + struct.pack("<I2Q", 2, 4, 4), "ends within"),
         (
@@ -210,16 +210,19 @@ NAME = struct.pack("<Q", 1) + b"a"
             + struct.pack("<QQ", 1, 0)
             + NAME
             + struct.pack("<I2QIQ", 2, *[1 << 40] * 2, 0, 0),
-            "longer than any file",
+            "exceeds that of any file",
         ),
         (
             HEADER + struct.pack("<QQ", 1, 0) + NAME + struct.pack("<I2QIQ", 2, 33, 2, 8, 0),
-            "whole blocks",
+            "not a multiple of",
         ),
-        (HEADER + struct.pack("<QQ", 0, 1) + NAME + struct.pack("<I", 13), "value of the type 13"),
+        (
+            HEADER + struct.pack("<QQ", 0, 1) + NAME + struct.pack("<I", 13),
+            "value of the unknown type 13",
+        ),
         (
             HEADER + struct.pack("<QQ", 0, 1) + NAME + struct.pack("<IIQ", 9, 8, 1 << 60),
-            "a list of 1,152,921,504,606,846,976 values",
+            "an invalid list of 1,152,921,504,606,846,976 values",
         ),
         (HEADER + struct.pack("<QQ", 0, 1) + NAME + struct.pack("<IIQ", 9, 9, 1), "list of 1"),
         (HEADER + struct.pack("<QQ", 0, 1) + NAME + struct.pack("<IIQ", 9, 0, 1 << 62), "ends wit"),
@@ -229,18 +232,18 @@ NAME = struct.pack("<Q", 1) + b"a"
         (b"", "it is empty"),
     ],
 )
-def test_contradictions_give_one_sentence(tmp_path: Path, data: bytes, why: str) -> None:
+def test_contradictory_files_are_refused(tmp_path: Path, data: bytes, why: str) -> None:
     path = tmp_path / "a.gguf"
     path.write_bytes(data)
     tracemalloc.start()
-    with pytest.raises(UnreadableError, match=f"must be a whole GGUF file, but: .*{why}"):
+    with pytest.raises(UnreadableError, match=f"is not a valid GGUF file: .*{why}"):
         wc.audit(path)
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
 
 
 @pytest.mark.parametrize("double", ["tensors", "settings"])
-def test_a_name_is_of_one(tmp_path: Path, double: str) -> None:
+def test_duplicate_names_are_refused(tmp_path: Path, double: str) -> None:
     data = gguf_file({"a.x": of(randn(2, 4)), "a.y": of(randn(2, 4))}, {"b.x": 1, "b.y": 2})
     (tmp_path / "a.gguf").write_bytes(
         data.replace(b"a.y", b"a.x") if double == "tensors" else data.replace(b"b.y", b"b.x")
@@ -249,7 +252,7 @@ def test_a_name_is_of_one(tmp_path: Path, double: str) -> None:
         Gguf(tmp_path / "a.gguf")
 
 
-def test_the_other_order_of_bytes_and_old_versions_are_named(tmp_path: Path) -> None:
+def test_big_endian_and_old_versions_are_refused(tmp_path: Path) -> None:
     big = gguf.GGUFEndian.BIG
     path = write(tmp_path / "a.gguf", {"a": (randn(2, 4), Kind.F32)}, endianess=big)
     with pytest.raises(UnreadableError, match="big-endian: convert it with gguf-convert-endian"):
@@ -259,21 +262,21 @@ def test_the_other_order_of_bytes_and_old_versions_are_named(tmp_path: Path) -> 
         wc.audit(path)
 
 
-def test_content_counts_and_not_the_name(tmp_path: Path) -> None:
+def test_format_recognised_by_content_not_name(tmp_path: Path) -> None:
     data = gguf_file({"w": of(torch.diag(torch.tensor([9.0, 1.0])))}, {})
     for name in ("a.bin", "b.safetensors", "c", "D.GGUF"):
         (tmp_path / name).write_bytes(data)
         assert wc.audit(tmp_path / name).findings[0].condition_number == 9.0
 
 
-def test_the_package_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_without_package_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(tmp_path / "a.gguf", {"w": of(torch.eye(2))})
     monkeypatch.setitem(sys.modules, "gguf.quants", None)
-    with pytest.raises(UnreadableError, match=r"the package gguf must be installed.*pip install"):
+    with pytest.raises(UnreadableError, match=r"requires the package gguf, but.*pip install"):
         wc.audit(path)
 
 
-def test_scales_that_are_nan_are_reported(tmp_path: Path) -> None:
+def test_nan_scales_are_reported(tmp_path: Path) -> None:
     codes = stored(randn(4, 64), Kind.Q8_0)
     codes[2, 34:36] = [0, 0x7E]  # the scale of the second block: NaN as float16
     data = {"w": (int(Kind.Q8_0), (4, 64), codes.tobytes()), "v": of(torch.eye(3))}
@@ -283,11 +286,13 @@ def test_scales_that_are_nan_are_reported(tmp_path: Path) -> None:
     assert status == {"w": "not_finite", "v": "ok"}
 
 
-def test_a_repair_names_the_way_out(tmp_path: Path) -> None:
+def test_repair_error_gives_remedy(tmp_path: Path) -> None:
     path = save(tmp_path / "a.gguf", {"w": of(torch.diag(torch.tensor([9.0, 1.0])))})
     for target in ("b.gguf", "b.safetensors", "b"):
         for dequantise in (False, True):
-            with pytest.raises(ValueError, match="Repair the checkpoint that was converted"):
+            with pytest.raises(
+                ValueError, match="Repair the checkpoint from which it was converted"
+            ):
                 wc.repair(path, tmp_path / target, 2.0, dequantise=dequantise)
     assert [one.name for one in tmp_path.iterdir()] == ["a.gguf"]
 
@@ -296,7 +301,7 @@ def kappas(path: Path) -> dict[str, float]:
     return {f.name: f.condition_number for f in wc.audit(path).findings}
 
 
-def test_parts_of_a_model_are_one_model(tmp_path: Path) -> None:
+def test_split_files_are_one_model(tmp_path: Path) -> None:
     tensors = {f"blk.{n}.ffn_up.weight": (randn(6, 32, seed=n), Kind.Q8_0) for n in range(5)}
     whole = kappas(write(tmp_path / "whole.gguf", tensors))
     folder = tmp_path / "split"
@@ -314,10 +319,10 @@ def test_parts_of_a_model_are_one_model(tmp_path: Path) -> None:
     assert {f.name for f in report.findings} == {f"blk.{n}.ffn_up.weight" for n in (0, 1, 4)}
     assert report.coverage.skipped == {"part 2 of 3": Skipped(Reason.absent)}
     (tmp_path / "whole.gguf").rename(folder / "whole.gguf")
-    assert f"{parts[0].name}/blk.0.ffn_up.weight" in kappas(folder)  # no parts of one model
+    assert f"{parts[0].name}/blk.0.ffn_up.weight" in kappas(folder)  # not parts of one model
 
 
-def test_several_copies_are_told_apart_by_their_files(tmp_path: Path) -> None:
+def test_several_copies_distinguished_by_file(tmp_path: Path) -> None:
     for kind in (Kind.F16, Kind.Q8_0):
         write(tmp_path / f"{kind.name}.gguf", {"output.weight": (randn(4, 32), kind)})
     assert {*kappas(tmp_path)} == {"F16.gguf/output.weight", "Q8_0.gguf/output.weight"}
@@ -348,12 +353,12 @@ CONFIG = {
 
 
 def permuted(W: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows by pairs of the rotation, as the converter of llama.cpp orders those of q and k."""
+    """Orders rows by pairs of the rotation, like the llama.cpp converter for q and k."""
     return W.reshape(heads, 2, len(W) // heads // 2, -1).transpose(1, 2).reshape(W.shape)
 
 
 def converted(state: Mapping[str, torch.Tensor], kind: Any) -> dict[str, tuple[torch.Tensor, Any]]:
-    """What the converter of llama.cpp makes of a Llama."""
+    """Converts a Llama model like llama.cpp."""
     others = {"lm_head.weight": "output.weight", "model.embed_tokens.weight": "token_embd.weight"}
     others["model.norm.weight"] = "output_norm.weight"
     found = {}
@@ -383,9 +388,7 @@ def original(tmp_path: Path) -> Path:
     return folder
 
 
-def test_heads_are_those_of_the_checkpoint_that_was_converted(
-    tmp_path: Path, original: Path
-) -> None:
+def test_heads_equal_those_of_converted_checkpoint(tmp_path: Path, original: Path) -> None:
     path = write(tmp_path / "a.gguf", converted(LAYERS, Kind.F32), heads=HEADS)
     assert Gguf(path).settings == {
         "num_attention_heads": 4,
@@ -405,7 +408,7 @@ def test_heads_are_those_of_the_checkpoint_that_was_converted(
         assert "keys of head" in other.detail or view.startswith("vo")
 
 
-def test_the_effect_of_quantising_is_compared(tmp_path: Path, original: Path) -> None:
+def test_compare_with_quantised_file(tmp_path: Path, original: Path) -> None:
     state = LAYERS | {"lm_head.weight": randn(80, 64)}
     path = write(tmp_path / "a.gguf", converted(state, Kind.Q8_0), heads=HEADS)
     comparison = wc.compare(original, path, heads=True)
@@ -434,8 +437,8 @@ def test_the_effect_of_quantising_is_compared(tmp_path: Path, original: Path) ->
 
 
 @pytest.mark.parametrize("moved", [False, True])
-def test_rows_of_q_and_k_are_compared_in_one_order(tmp_path: Path, moved: bool) -> None:
-    """Files that are made from Mistral's own format keep them as they are."""
+def test_compare_reorders_rows_of_q_and_k(tmp_path: Path, moved: bool) -> None:
+    """Files converted from Mistral's own format keep the order of rows."""
     q, k = randn(64, 8), randn(32, 8, seed=1)
     state = {"layers.0.self_attn.q_proj.weight": q, "layers.0.self_attn.k_proj.weight": k}
     save_file(state, tmp_path / "a.safetensors")
@@ -450,8 +453,8 @@ def test_rows_of_q_and_k_are_compared_in_one_order(tmp_path: Path, moved: bool) 
 
 
 @pytest.mark.frameworks
-def test_the_order_of_rows_is_that_of_the_converter(tmp_path: Path) -> None:
-    """The loader of transformers undoes it: it has the weights from which the file was made."""
+def test_order_of_rows_equals_that_of_converter(tmp_path: Path) -> None:
+    """The loader of transformers reverses the order, and returns the original weights."""
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         hidden_size=64,
@@ -490,7 +493,7 @@ def test_the_order_of_rows_is_that_of_the_converter(tmp_path: Path) -> None:
     assert kappa == pytest.approx(expected, rel=1e-6)
 
 
-def test_experts_are_measured_one_by_one_and_compared(tmp_path: Path) -> None:
+def test_experts_measured_separately_and_compared(tmp_path: Path) -> None:
     stem = "model.layers.0.block_sparse_moe"
     experts = {
         f"{stem}.experts.{n}.{name}.weight": randn(*shape, seed=n + shape[0])
@@ -519,7 +522,7 @@ def test_experts_are_measured_one_by_one_and_compared(tmp_path: Path) -> None:
     assert all(pair.change and pair.change.relative < 0.01 for pair in pairs)
 
 
-def test_one_matrix_of_query_key_and_value_is_cut(tmp_path: Path) -> None:
+def test_fused_qkv_is_split(tmp_path: Path) -> None:
     q, k, v = randn(64, 64), randn(32, 64, seed=1), randn(32, 64, seed=2)
     tensors = {
         "blk.0.attn_qkv.weight": (torch.cat([q, k, v]), Kind.F32),
@@ -540,7 +543,7 @@ def test_one_matrix_of_query_key_and_value_is_cut(tmp_path: Path) -> None:
     }
 
 
-def test_lists_of_layers_count_where_all_layers_agree(tmp_path: Path) -> None:
+def test_per_layer_settings_used_if_equal(tmp_path: Path) -> None:
     for counts, expected in (([4, 4], 4), ([4, 2], None)):
         path = save(
             tmp_path / "a.gguf",
@@ -550,7 +553,7 @@ def test_lists_of_layers_count_where_all_layers_agree(tmp_path: Path) -> None:
         assert Gguf(path).settings.get("num_attention_heads") == expected
 
 
-def test_what_is_no_matrix_is_left_out(tmp_path: Path) -> None:
+def test_tensors_that_are_not_matrices_are_skipped(tmp_path: Path) -> None:
     reasons = {
         "token_embd.weight": (Reason.embedding, (9, 8)),
         "position_embd.weight": (Reason.embedding, (9, 8)),
@@ -596,12 +599,12 @@ def test_what_is_no_matrix_is_left_out(tmp_path: Path) -> None:
         ("blk.0.ssm_out", ""),
     ],
 )
-def test_roles(name: str, role: str) -> None:
+def test_roles_of_names(name: str, role: str) -> None:
     assert find_role(f"{name}.weight") == role
 
 
-def test_scales_beside_a_weight_multiply_it(tmp_path: Path) -> None:
-    """Of a layer one, as BitNet and NVFP4 have, of experts one each."""
+def test_scale_tensors_multiply_weights(tmp_path: Path) -> None:
+    """A layer has one factor, as in BitNet and NVFP4; each expert has its own."""
     layer, stack = stored(randn(4, 64), Kind.Q8_0), stored(randn(3, 4, 32), Kind.Q8_0)
     half = randn(4, 8).half()
     factors = torch.tensor([0.5, 2.0, 3.0])
@@ -628,7 +631,7 @@ def test_scales_beside_a_weight_multiply_it(tmp_path: Path) -> None:
     assert dtypes["c.weight"] == "float16"
 
 
-def test_the_command_line_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line_reads_gguf(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = corpus()["gguf"].write(tmp_path / "folder")
     assert main(["audit", str(path), "--heads"]) == 0
     out = capsys.readouterr().out
@@ -638,7 +641,7 @@ def test_the_command_line_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "wellcond does not write GGUF files" in capsys.readouterr().err
 
 
-def test_names_are_untrusted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_are_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = save(tmp_path / "a.gguf", {"\x1b[2J\n.weight": of(randn(3, 4))})
     assert {*Checkpoint(path).where} == {"\x1b[2J\n.weight"}
     assert main(["audit", str(path)]) == 0

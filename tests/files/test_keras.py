@@ -1,6 +1,6 @@
-"""Files of Keras: every layer is read as it acts in Keras; nothing outside a file is opened.
+"""Keras files: matrices equal the action of layers in Keras; nothing outside a file is opened.
 
-What Keras has saved lies in data/keras, see write_keras.py.
+data/keras contains files that Keras saved; see write_keras.py.
 """
 
 import json
@@ -31,7 +31,7 @@ Matrices = dict[str, Tensor]
 
 
 def matrices(path: Path) -> Matrices:
-    """By their labels; a stack of groups in one."""
+    """Returns the findings by label, with the groups of a stack in one list."""
     checkpoint = Checkpoint(path)
     skipped = checkpoint.skipped()
     return {
@@ -43,13 +43,13 @@ def matrices(path: Path) -> Matrices:
 
 
 def spectrum(*blocks: Tensor) -> Tensor:
-    """The singular values of a block-diagonal matrix."""
+    """Returns the singular values of a block-diagonal matrix."""
     values = torch.cat([torch.linalg.svdvals(block).flatten() for block in blocks])
     return values.sort(descending=True).values
 
 
 def unpack(name: str, folder: Path) -> Path:
-    """The weights of an archive, alone."""
+    """Extracts only the weights of an archive."""
     with zipfile.ZipFile(DATA / f"{name}.keras") as archive:
         archive.extract("model.weights.h5", folder)
     return (folder / "model.weights.h5").rename(folder / f"{name}.weights.h5")
@@ -72,7 +72,7 @@ def agree(blocks: list[Tensor], action: Tensor) -> None:
 
 
 @pytest.mark.parametrize("file", ["convolutions.keras", "convolutions.h5"])
-def test_convolutions_are_read_as_they_act(file: str) -> None:
+def test_convolutions_equal_action_of_layers(file: str) -> None:
     found, action = matrices(DATA / file), actions("convolutions")
     for name in ("grouped", "depthwise", "transposed", "inner/line"):
         agree([found[f"{name}/kernel:kernel"]], action[name.removeprefix("inner/")])
@@ -88,7 +88,7 @@ def test_convolutions_are_read_as_they_act(file: str) -> None:
 
 
 @pytest.mark.parametrize("file", ["sequences.keras", "sequences.h5"])
-def test_attention_and_equations_are_read_as_they_act(file: str) -> None:
+def test_attention_and_einsum_equal_action_of_layers(file: str) -> None:
     found, action = matrices(DATA / file), actions("sequences")
     for layer in ("attention", "grouped"):
         for part in ("query", "key", "value", "attention_output"):
@@ -109,8 +109,8 @@ def cell(found: Matrices, name: str, gates: str) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("file", ["sequences.keras", "sequences.h5"])
-def test_gates_are_those_of_torch(file: str) -> None:
-    """The cells of Keras and of torch give the same outputs."""
+def test_gates_equal_those_of_torch(file: str) -> None:
+    """Cells of Keras and torch return the same outputs."""
     found, action = matrices(DATA / file), actions("sequences")
     checkpoint = Checkpoint(DATA / file)
 
@@ -134,7 +134,7 @@ def test_gates_are_those_of_torch(file: str) -> None:
         torch.testing.assert_close(gru(action["gru.in"])[0], action["gru.out"], rtol=0, atol=1e-6)
 
 
-def test_weights_without_a_config_are_read_as_far_as_their_groups_tell(tmp_path: Path) -> None:
+def test_weights_without_config_classified_by_groups(tmp_path: Path) -> None:
     whole, alone = matrices(DATA / "convolutions.keras"), unpack("convolutions", tmp_path)
     found = matrices(alone)
     assert found.keys() == whole.keys()
@@ -153,8 +153,8 @@ def test_weights_without_a_config_are_read_as_far_as_their_groups_tell(tmp_path:
         assert "no config.json says its equation: save the model as .keras" in str(skipped[name])
 
 
-def test_a_config_beside_the_weights_is_that_of_the_archive(tmp_path: Path) -> None:
-    """As `save` writes a folder, also to a hub."""
+def test_config_next_to_weights_is_used(tmp_path: Path) -> None:
+    """`save` writes such a folder, also to a hub."""
     with zipfile.ZipFile(DATA / "convolutions.keras") as archive:
         archive.extractall(tmp_path)
     whole, found = matrices(DATA / "convolutions.keras"), matrices(tmp_path)
@@ -162,7 +162,7 @@ def test_a_config_beside_the_weights_is_that_of_the_archive(tmp_path: Path) -> N
     assert all(torch.equal(found[name], whole[name]) for name in whole)
 
 
-def test_a_class_of_its_own_is_read_as_far_as_names_tell(tmp_path: Path) -> None:
+def test_subclassed_model_classified_by_names(tmp_path: Path) -> None:
     for path in (DATA / "own.keras", unpack("own", tmp_path)):
         found = matrices(path)
         assert {name: tuple(matrix.shape) for name, matrix in found.items()} == {
@@ -178,7 +178,7 @@ def test_a_class_of_its_own_is_read_as_far_as_names_tell(tmp_path: Path) -> None
         assert ("save the model as .keras" in reason) != described
 
 
-def test_bfloat16_and_codes() -> None:
+def test_bfloat16_and_integer_codes() -> None:
     checkpoint = Checkpoint(DATA / "half.weights.h5")
     holder, entry = checkpoint.where["half/kernel"]
     assert entry.dtype == "bfloat16"
@@ -193,7 +193,7 @@ def test_bfloat16_and_codes() -> None:
 
 
 @pytest.mark.parametrize("file", ["convolutions.keras", "sequences.h5", "half.weights.h5"])
-def test_parts_of_arrays_are_parts_of_the_whole(file: str) -> None:
+def test_rows_and_pieces_equal_array(file: str) -> None:
     for holder, entry in Checkpoint(DATA / file).where.values():
         whole = holder.read(entry.name)
         assert tuple(whole.shape) == entry.shape
@@ -207,7 +207,7 @@ def test_parts_of_arrays_are_parts_of_the_whole(file: str) -> None:
 
 
 def of_keras_2(path: Path, arrays: dict[str, Any]) -> Path:
-    """A file of weights as Keras 2 and transformers write them; the first part is the layer."""
+    """Writes weights like Keras 2 and transformers; the first part of a name is the layer."""
     with h5py.File(path, "w") as file:
         file.attrs["layer_names"] = sorted({name.partition("/")[0].encode() for name in arrays})
         for name, array in arrays.items():
@@ -215,7 +215,7 @@ def of_keras_2(path: Path, arrays: dict[str, Any]) -> Path:
     return path
 
 
-def test_files_of_keras_2_are_read_by_the_names_in_them(tmp_path: Path) -> None:
+def test_keras_2_file_read_by_names(tmp_path: Path) -> None:
     random = np.random.default_rng(0).normal
     arrays = {
         "conv/conv/kernel:0": random(size=(3, 3, 4, 5)).astype("float32"),
@@ -249,7 +249,7 @@ def test_files_of_keras_2_are_read_by_the_names_in_them(tmp_path: Path) -> None:
 
 
 def lonely(path: Path, make: Callable[[Any], object]) -> Path:
-    """A file of Keras with one good kernel, and what `make` puts beside it."""
+    """Writes a Keras file with one valid kernel and the additions of `make`."""
     with h5py.File(path, "w", libver="latest") as file:
         file["layers/dense/vars/0"] = np.diag([9.0, 1.0])
         make(file.create_group("layers/dense_1/vars"))
@@ -278,7 +278,7 @@ ELSEWHERE: dict[str, Callable[[Any], object]] = {
 
 
 @pytest.mark.parametrize("how", ELSEWHERE)
-def test_nothing_outside_a_file_is_opened(
+def test_nothing_outside_file_is_opened(
     tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -310,26 +310,24 @@ def wide_chunk(group: Any) -> None:
     group.create_dataset("0", data=np.ones((2, 2)), **shape)
 
 
-def test_groups_in_a_circle_are_read_once(tmp_path: Path) -> None:
+def test_circular_groups_are_read_once(tmp_path: Path) -> None:
     assert wc.audit(lonely(tmp_path / "a.h5", circle)).coverage.measured == 1
 
 
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (deep, "its groups are too deep"),
+        (deep, "its groups are nested more than"),
         (bomb, "would unpack from"),
         (wide_chunk, "would unpack from"),
     ],
 )
-def test_what_would_take_all_memory_is_refused(
-    tmp_path: Path, make: Callable[[Any], object], match: str
-) -> None:
+def test_hdf5_bomb_is_refused(tmp_path: Path, make: Callable[[Any], object], match: str) -> None:
     with pytest.raises(UnreadableError, match=match):
         wc.audit(lonely(tmp_path / "a.h5", make))
 
 
-def test_compressed_arrays_are_read_by_their_rows(tmp_path: Path) -> None:
+def test_compressed_arrays_are_read_by_rows(tmp_path: Path) -> None:
     W = torch.randn(300, 40, dtype=torch.float64)
 
     def make(group: Any) -> None:
@@ -339,7 +337,7 @@ def test_compressed_arrays_are_read_by_their_rows(tmp_path: Path) -> None:
     assert torch.equal(holder.read(entry.name, (100, 170)), W[100:170])
 
 
-def test_attributes_that_are_no_text_are_no_names(tmp_path: Path) -> None:
+def test_attributes_that_are_not_texts_are_ignored(tmp_path: Path) -> None:
     def make(group: Any) -> None:
         group["0"] = np.eye(2)
         group.attrs["name"] = np.arange(3)
@@ -350,10 +348,12 @@ def test_attributes_that_are_no_text_are_no_names(tmp_path: Path) -> None:
     assert names == {"a\n\x1b[2Jb/kernel", "dense_1/kernel"}
 
 
-def test_other_hdf5_files_are_called_so(tmp_path: Path) -> None:
+def test_other_hdf5_file_is_refused(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "data.h5ad", "w") as file:
         file["X"] = np.eye(3)
-    match = "must be a file of weights that Keras saved, but is another HDF5 file. Save the arrays"
+    match = (
+        "must be a file of weights that Keras saved, but is another HDF5 file. Convert its weights"
+    )
     with pytest.raises(UnreadableError, match=match):
         wc.audit(tmp_path / "data.h5ad")
     for name in ("empty.h5", "cut.keras"):
@@ -362,7 +362,7 @@ def test_other_hdf5_files_are_called_so(tmp_path: Path) -> None:
             wc.audit(tmp_path / name)
 
 
-def test_an_archive_that_keras_does_not_write_says_how_to_unpack_it(tmp_path: Path) -> None:
+def test_error_for_compressed_keras_archive_explains_unpacking(tmp_path: Path) -> None:
     path = tmp_path / "a.keras"
     with (
         zipfile.ZipFile(DATA / "convolutions.keras") as old,
@@ -371,7 +371,7 @@ def test_an_archive_that_keras_does_not_write_says_how_to_unpack_it(tmp_path: Pa
         for name in old.namelist():
             new.writestr(name, old.read(name))
     with pytest.raises(
-        UnreadableError, match=r"compressed\. Unpack it, python -m zipfile -e a\.keras"
+        UnreadableError, match=r"compressed\. Unpack it with `python -m zipfile -e a\.keras"
     ):
         wc.audit(path)
     command = [sys.executable, "-m", "zipfile", "-e", path.name, "folder"]
@@ -385,9 +385,11 @@ def test_an_archive_that_keras_does_not_write_says_how_to_unpack_it(tmp_path: Pa
         wc.audit(path)
 
 
-def test_an_index_of_shards_says_what_to_give(tmp_path: Path) -> None:
+def test_error_for_keras_index_names_folder(tmp_path: Path) -> None:
     (tmp_path / "x.weights.json").write_text(json.dumps({"weight_map": {}}))
-    with pytest.raises(UnreadableError, match=r"index of sharded weights of Keras\. Give its fol"):
+    with pytest.raises(
+        UnreadableError, match=r"index of sharded Keras weights\. Give the path of the fol"
+    ):
         wc.audit(tmp_path / "x.weights.json")
     for number in range(2):
         path = lonely(tmp_path / f"x_0000{number}.weights.h5", lambda group: None)
@@ -396,37 +398,35 @@ def test_an_index_of_shards_says_what_to_give(tmp_path: Path) -> None:
     assert names == {f"x_0000{number}.weights.h5/dense/kernel" for number in range(2)}
 
 
-def test_files_of_keras_are_not_repaired(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_keras_files_are_not_repaired(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = str(DATA / "convolutions.keras")
     assert main(["repair", source, str(tmp_path / "a.keras"), "--max-condition", "3"]) == 2
-    assert "files of Keras are only read. Repair its kernels" in capsys.readouterr().err
+    assert "wellcond only reads Keras files. Repair its kernels" in capsys.readouterr().err
     assert not (tmp_path / "a.keras").exists()
 
 
-def test_without_h5py_the_way_out_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_without_h5py_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "h5py", None)
     for file in ("convolutions.keras", "convolutions.h5"):
         with pytest.raises(UnreadableError, match="Run `pip install h5py`"):
             wc.audit(DATA / file)
     shutil.copy(DATA / "convolutions.keras", tmp_path)
     save_file({"w": torch.eye(2)}, tmp_path / "model.safetensors")
-    report = wc.audit(tmp_path)  # in which the other file is the one that is read
+    report = wc.audit(tmp_path)  # a folder in which the other file is read
     assert report.coverage.measured == 1
     assert report.coverage.skipped["convolutions.keras"].reason is Reason.unread
 
 
 @pytest.mark.libraries
-def test_what_keras_saves_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With another version than that of the committed files, and the way to repair a model."""
+def test_keras_output_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Covers another version than that of the stored files, and the repair of a model."""
     pytest.importorskip("keras")
     command = [sys.executable, str(DATA.parent.with_name("write_keras.py")), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert not done.returncode, done.stderr
     monkeypatch.setattr(sys.modules[__name__], "DATA", tmp_path)
     for kind in ("keras", "h5"):
-        test_convolutions_are_read_as_they_act(f"convolutions.{kind}")
-        test_attention_and_equations_are_read_as_they_act(f"sequences.{kind}")
-        test_gates_are_those_of_torch(f"sequences.{kind}")
-    test_bfloat16_and_codes()
+        test_convolutions_equal_action_of_layers(f"convolutions.{kind}")
+        test_attention_and_einsum_equal_action_of_layers(f"sequences.{kind}")
+        test_gates_equal_those_of_torch(f"sequences.{kind}")
+    test_bfloat16_and_integer_codes()

@@ -1,4 +1,4 @@
-"""TorchScript archives: the tensors of torch.jit.load, and what each of them is."""
+"""TorchScript archives: tensors equal those of torch.jit.load, and their roles are known."""
 
 import enum
 import filecmp
@@ -44,7 +44,7 @@ class Box:
 
 
 class Holder(nn.Module):
-    """What may be an attribute of a module."""
+    """A value that can be an attribute of a module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Holder(nn.Module):
 
 
 class Model(nn.Module):
-    """Layers of many kinds, tied, transposed, nested and of several dtypes."""
+    """Layers of many kinds and dtypes, with tied, transposed and nested weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,13 +99,13 @@ def saved(path: Path, module: nn.Module | None = None) -> dict[str, Tensor]:
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file that have values."""
+    """Returns all tensors of a file that have values."""
     where = Checkpoint(path).where
     return {name: file.read(entry.name) for name, (file, entry) in where.items()}
 
 
 @pytest.mark.parametrize("ending", [".jit", ".pt", ".ts", ".torchscript", ".bin", ".zzz", ""])
-def test_it_reads_what_torch_loads(tmp_path: Path, ending: str) -> None:
+def test_tensors_equal_those_torch_loads(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"a{ending}"
     expected, found = saved(path), read(path)
     assert len(expected) > 30
@@ -116,8 +116,8 @@ def test_it_reads_what_torch_loads(tmp_path: Path, ending: str) -> None:
     assert found.keys() - expected.keys() == held | {f"lstm._flat_weights.{i}" for i in range(4)}
 
 
-def test_it_knows_what_is_a_parameter(tmp_path: Path) -> None:
-    """Whatever requires a gradient: what is frozen is a parameter all the same."""
+def test_roles_of_tensors(tmp_path: Path) -> None:
+    """A parameter remains one if it is frozen, that is, requires no gradient."""
     model = Model()
     model.image.requires_grad_(False)
     torch.jit.save(torch.jit.script(model), tmp_path / "a.jit")
@@ -146,11 +146,11 @@ def test_it_knows_what_is_a_parameter(tmp_path: Path) -> None:
     }
     assert measured == {name for name, one in parameters.items() if one.ndim > 1} - shared
     unique = sum(one.numel() for one in program.parameters())
-    # Biases that are tied count twice, as they do in any file; rows are a part of columns.
+    # Tied biases count twice, as in any file; `rows` is a part of `columns`.
     assert sum(checkpoint.sizes.values()) == unique - parameters["rows"].numel() + 5
 
 
-def test_the_audit_is_that_of_the_state_dict(tmp_path: Path) -> None:
+def test_audit_equals_audit_of_state_dict(tmp_path: Path) -> None:
     state = saved(tmp_path / "a.jit")
     known = {f.label: f for f in wc.audit(tmp_path / "a.jit").findings}
     for finding in wc.audit(state).findings:
@@ -163,14 +163,14 @@ def test_the_audit_is_that_of_the_state_dict(tmp_path: Path) -> None:
     assert known == {}
 
 
-def test_a_buffer_is_measured_by_its_exact_name(tmp_path: Path) -> None:
+def test_buffer_measured_by_exact_name(tmp_path: Path) -> None:
     saved(tmp_path / "a.jit")
     report = wc.audit(tmp_path / "a.jit", include="nested.2.basis")
     assert [finding.name for finding in report.findings] == ["nested.2.basis"]
     assert report.coverage.measured == 1
 
 
-def test_infinite_entries_of_a_mask_are_no_alarm(tmp_path: Path) -> None:
+def test_infinite_mask_entries_are_not_reported(tmp_path: Path) -> None:
     module = nn.Sequential(nn.Linear(3, 3))
     module.register_buffer("causal", torch.full((2, 3), -torch.inf))
     saved(tmp_path / "a.jit", module)
@@ -181,7 +181,7 @@ def test_infinite_entries_of_a_mask_are_no_alarm(tmp_path: Path) -> None:
 
 
 class Transform(nn.Module):
-    """A row of a table of sines is zero."""
+    """One row of a table of sines is zero."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -194,7 +194,7 @@ class Transform(nn.Module):
         return self.layer(nn.functional.conv1d(x, self.table, stride=16).mT)
 
 
-def test_a_gate_on_the_weights_ignores_a_fixed_transform(tmp_path: Path) -> None:
+def test_gate_ignores_fixed_transform(tmp_path: Path) -> None:
     state = saved(tmp_path / "a.jit", Transform())
     torch.save(state, tmp_path / "a.pt")
     limit = ["--max-condition", "100"]
@@ -203,9 +203,7 @@ def test_a_gate_on_the_weights_ignores_a_fixed_transform(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("example", [(nn.Linear(4, 3), (1, 4)), (nn.Conv2d(2, 3, 2), (1, 2, 4, 4))])
-def test_a_traced_module_is_read(
-    tmp_path: Path, example: tuple[nn.Module, tuple[int, ...]]
-) -> None:
+def test_traced_module_is_read(tmp_path: Path, example: tuple[nn.Module, tuple[int, ...]]) -> None:
     module, shape = example
     torch.jit.save(torch.jit.trace(module, torch.ones(shape)), tmp_path / "a.jit")
     found = read(tmp_path / "a.jit")
@@ -214,7 +212,7 @@ def test_a_traced_module_is_read(
     assert found == {}
 
 
-def test_a_program_for_mobile_devices_is_read(tmp_path: Path) -> None:
+def test_mobile_program_is_read(tmp_path: Path) -> None:
     module = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Conv2d(3, 3, 3))
     program = torch.jit.script(module)
     program._save_for_lite_interpreter(str(tmp_path / "a.ptl"))
@@ -224,7 +222,7 @@ def test_a_program_for_mobile_devices_is_read(tmp_path: Path) -> None:
         assert torch.equal(found[name], tensor)
 
 
-def test_the_way_out_of_a_flatbuffer_works(tmp_path: Path) -> None:
+def test_conversion_of_flatbuffer_works(tmp_path: Path) -> None:
     module = nn.Sequential(nn.Linear(4, 5))
     path, other = tmp_path / "a.ptl", tmp_path / "other.pt"
     torch.jit.script(module)._save_for_lite_interpreter(str(path), _use_flatbuffer=True)
@@ -234,17 +232,17 @@ def test_the_way_out_of_a_flatbuffer_works(tmp_path: Path) -> None:
     assert [finding.name for finding in wc.audit(other).findings] == ["0.weight"]
 
 
-# --- frozen ---------------------------------------------------------------------------------------
+# --- frozen programs ------------------------------------------------------------------------------
 
 
 def frozen(path: Path, module: nn.Module) -> None:
     torch.jit.save(torch.jit.freeze(torch.jit.script(module.eval())), path)
 
 
-LOST = "a constant of a frozen program, which has lost its name and perhaps is no weight"
+LOST = "a constant of a frozen program, which has lost its name and may not be a weight"
 
 
-def test_weights_of_a_frozen_program_have_no_names(tmp_path: Path) -> None:
+def test_frozen_weights_have_no_names(tmp_path: Path) -> None:
     module = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
     frozen(tmp_path / "a.jit", module)
     found = read(tmp_path / "a.jit")
@@ -261,14 +259,14 @@ def test_weights_of_a_frozen_program_have_no_names(tmp_path: Path) -> None:
         wc.compare(tmp_path / "a.pt", tmp_path / "a.jit")
 
 
-def test_a_kernel_of_a_frozen_program_is_known_only_by_its_shape(tmp_path: Path) -> None:
+def test_frozen_kernel_known_only_by_shape(tmp_path: Path) -> None:
     frozen(tmp_path / "a.jit", nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)))
     (finding,) = wc.audit(tmp_path / "a.jit").findings
     assert finding.label == "CONSTANTS.c0:kernel"
     assert finding.detail == f"{LOST}; a kernel only by its shape, which is a guess"
 
 
-def test_constants_of_a_program_with_parameters_are_not_weights(tmp_path: Path) -> None:
+def test_constants_of_program_with_parameters_are_skipped(tmp_path: Path) -> None:
     class Shifted(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -285,7 +283,7 @@ def test_constants_of_a_program_with_parameters_are_not_weights(tmp_path: Path) 
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_quantised_weights_are_listed(tmp_path: Path) -> None:
+def test_quantised_weights_are_listed_with_reason(tmp_path: Path) -> None:
     if not {"fbgemm", "x86", "qnnpack"} & {*torch.backends.quantized.supported_engines}:
         pytest.skip("torch was built without quantised layers")
     module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
@@ -297,16 +295,16 @@ def test_quantised_weights_are_listed(tmp_path: Path) -> None:
     assert why == Skipped(Reason.packed, "qint8")
 
 
-def test_a_program_without_tensors_says_so(tmp_path: Path) -> None:
+def test_program_without_tensors_is_refused(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.script(nn.ReLU()), tmp_path / "a.jit")
-    with pytest.raises(NoTensorsError, match="must hold tensors, but is a program without any"):
+    with pytest.raises(NoTensorsError, match="must contain tensors, but is a program without any"):
         wc.audit(tmp_path / "a.jit")
 
 
-# --- repair, and folders --------------------------------------------------------------------------
+# --- repair and folders ---------------------------------------------------------------------------
 
 
-def test_repair_refuses_with_a_way_out_that_works(
+def test_repair_error_gives_working_conversion(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, other = tmp_path / "a.jit", tmp_path / "other.pt"
@@ -314,19 +312,17 @@ def test_repair_refuses_with_a_way_out_that_works(
     command = ["repair", str(path), str(tmp_path / "b.jit"), "--max-condition", "2"]
     assert main(command) == 2
     err = capsys.readouterr().err
-    assert "it is a program, which is not written" in err
+    assert "wellcond does not write programs" in err
     exec(err.partition("Repair its weights: ")[2].rstrip(".\n"), {**globals(), **locals()})
     wc.repair(other, tmp_path / "b.pt", 2.0)
     assert wc.audit(tmp_path / "b.pt").findings[0].condition_number <= 2.0
     frozen(path, nn.Sequential(nn.Linear(4, 5)))
-    with pytest.raises(ValueError, match="it is a frozen program, which is not written"):
+    with pytest.raises(ValueError, match="wellcond does not write frozen programs"):
         wc.repair(path, tmp_path / "b.jit", 2.0)
 
 
 @pytest.mark.parametrize("name", ["program.pt", "program.jit", "program.bin"])
-def test_a_program_beside_weights_is_listed_whatever_it_is_called(
-    tmp_path: Path, name: str
-) -> None:
+def test_program_next_to_weights_is_listed_under_any_name(tmp_path: Path, name: str) -> None:
     saved(tmp_path / name, nn.Linear(3, 3))
     assert [finding.name for finding in wc.audit(tmp_path).findings] == ["weight"]
     save_file({"w": torch.eye(3)}, tmp_path / "model.safetensors")
@@ -339,11 +335,11 @@ def test_a_program_beside_weights_is_listed_whatever_it_is_called(
     assert filecmp.cmp(tmp_path / name, copied, shallow=False)
 
 
-# --- hostile --------------------------------------------------------------------------------------
+# --- hostile files --------------------------------------------------------------------------------
 
 
 def changed(path: Path, change: Callable[[dict[str, bytes]], object]) -> Path:
-    """A program of which the records are others."""
+    """Changes the records of a program."""
     saved(path, nn.Sequential(nn.Linear(3, 3)))
     contents = records(path.read_bytes())
     change(contents)
@@ -353,12 +349,12 @@ def changed(path: Path, change: Callable[[dict[str, bytes]], object]) -> Path:
 
 @pytest.mark.parametrize("code", CODES)
 @pytest.mark.parametrize("record", ["a/data.pkl", "a/constants.pkl"])
-def test_code_in_a_program_does_not_run(
+def test_code_in_program_does_not_run(
     tmp_path: Path, code: bytes, record: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     path = changed(tmp_path / "a.jit", lambda contents: contents.update({record: code + b"."}))
-    with pytest.raises(UnreadableError, match="must be a whole TorchScript archive, but: its "):
+    with pytest.raises(UnreadableError, match="is not a valid TorchScript archive: its "):
         Checkpoint(path)
     assert {one.name for one in tmp_path.iterdir()} == {"a.jit"}
 
@@ -366,17 +362,17 @@ def test_code_in_a_program_does_not_run(
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda r: r.update({"a/data/0": bytes(32)}), "36 bytes for storage 0, but holds 32"),
+        (lambda r: r.update({"a/data/0": bytes(32)}), "36 bytes for storage 0, but contains 32"),
         (lambda r: r.update({"a/DATA.PKL": b"\x80\x02)."}), "two of its records have the same"),
         (lambda r: r.update({"b/other": b""}), "its records are in several folders"),
-        (lambda r: r.update({"a/byteorder": b"middle"}), "order of the bytes"),
-        (lambda r: r.update({"a/constants.pkl": b"\x80\x02N."}), "its constants are no tuple"),
-        (lambda r: r.update({"a/data.pkl": b"\x80\x02)."}), "its pickle holds no module"),
-        (lambda r: r.update({"a/data.pkl": b"\x80\x02"}), "no pickle that is whole"),
-        (lambda r: r.pop("a/data.pkl"), "without constants|no pickle|is a zip archive"),
+        (lambda r: r.update({"a/byteorder": b"middle"}), "byteorder must be"),
+        (lambda r: r.update({"a/constants.pkl": b"\x80\x02N."}), "its constants are not a tuple"),
+        (lambda r: r.update({"a/data.pkl": b"\x80\x02)."}), "its pickle contains no module"),
+        (lambda r: r.update({"a/data.pkl": b"\x80\x02"}), "no complete pickle"),
+        (lambda r: r.pop("a/data.pkl"), "without constants|no complete pickle|is a zip archive"),
     ],
 )
-def test_contradictions_are_one_sentence(
+def test_contradictory_programs_are_refused(
     tmp_path: Path, change: Callable[[dict[str, bytes]], object], match: str
 ) -> None:
     path = changed(tmp_path / "a.jit", change)
@@ -384,7 +380,7 @@ def test_contradictions_are_one_sentence(
         Checkpoint(path)
 
 
-def test_a_storage_beyond_the_end_is_refused(tmp_path: Path) -> None:
+def test_storage_beyond_end_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.jit"
     saved(path, nn.Linear(64, 64))
     data = path.read_bytes()
@@ -395,7 +391,7 @@ def test_a_storage_beyond_the_end_is_refused(tmp_path: Path) -> None:
 
 
 def nested(depth: int) -> bytes:
-    """A pickle of modules that each hold the one before twice."""
+    """A pickle of modules, each of which contains the previous one twice."""
     module = b"c__torch__\nM\n)\x81}"
     made = module + b"b"
     for level in range(depth):
@@ -406,13 +402,13 @@ def nested(depth: int) -> bytes:
 
 
 @pytest.mark.parametrize("depth", [40, 3000])
-def test_modules_without_end_are_refused(tmp_path: Path, depth: int) -> None:
+def test_too_many_modules_are_refused(tmp_path: Path, depth: int) -> None:
     path = changed(tmp_path / "a.jit", lambda r: r.update({"a/data.pkl": nested(depth)}))
-    with pytest.raises(UnreadableError, match="must hold at most 200,000 dicts"):
+    with pytest.raises(UnreadableError, match="must contain at most 200,000 dicts"):
         Checkpoint(path)
 
 
-def test_a_class_without_source_text_may_have_parameters(tmp_path: Path) -> None:
+def test_class_without_source_text_may_have_parameters(tmp_path: Path) -> None:
     def strip(contents: dict[str, bytes]) -> None:
         for name in [name for name in contents if "/code/" in name]:
             del contents[name]
@@ -422,7 +418,7 @@ def test_a_class_without_source_text_may_have_parameters(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, compression: int) -> None:
+def test_file_changed_while_read_is_refused(tmp_path: Path, compression: int) -> None:
     path = tmp_path / "a.jit"
     state = saved(path, nn.Linear(6, 6))
     path.write_bytes(zipped(records(path.read_bytes()), compression))

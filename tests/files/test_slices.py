@@ -1,4 +1,4 @@
-"""Slices of a tensor are joined if they make it, and else not measured as if they were it."""
+"""Slices of a tensor are joined if they tile it; otherwise they are not measured."""
 
 import itertools
 import json
@@ -26,7 +26,7 @@ SHARDS = ("shard-00001-model-00001-of-00001", "shard-00002-model-00001-of-00001"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Where the slices are, beside which a copy may be."""
+    """The folder of the slices, next to which a test may write a copy."""
     made = tmp_path / "slices"
     made.mkdir()
     return made
@@ -37,7 +37,7 @@ def drawn(*shape: int) -> Tensor:
 
 
 def shard(path: Path, offsets: dict[str, list[int]], **tensors: Tensor) -> None:
-    """A file as the writer of torch makes it of the shards of one process."""
+    """Writes the shards of one process like torch."""
     info = json.dumps({name: {"saved_offsets": at} for name, at in offsets.items()})
     metadata = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": info}
     save_file({name: t.contiguous() for name, t in tensors.items()}, path, metadata=metadata)
@@ -53,7 +53,7 @@ def two_shards(folder: Path, W: Tensor, dim: int = 0) -> Path:
 
 
 def grid(W: Tensor, *cuts: list[int]) -> dict[tuple[int, ...], Tensor]:
-    """The slices of W by their offsets, where its sides are cut into these lengths."""
+    """Returns the slices of W by their offsets, with its dimensions cut into these lengths."""
     ends = [list(itertools.accumulate(lengths, initial=0)) for lengths in cuts]
     rest = W.ndim - len(cuts)
     found = {}
@@ -64,7 +64,7 @@ def grid(W: Tensor, *cuts: list[int]) -> dict[tuple[int, ...], Tensor]:
 
 
 def shards(folder: Path, slices: Iterable[tuple[tuple[int, ...], Tensor]], name: str = "w") -> Path:
-    """A file for each slice."""
+    """Writes one file per slice."""
     for number, (at, part) in enumerate(slices, 1):
         file = f"shard-{number:05}-model-00001-of-00001.safetensors"
         shard(folder / file, {name: list(at)}, **{name: part})
@@ -72,10 +72,10 @@ def shards(folder: Path, slices: Iterable[tuple[tuple[int, ...], Tensor]], name:
 
 
 def loaded(folder: Path, like: Tensor, name: str = "w") -> Tensor:
-    """What torch makes of the slices."""
+    """Loads the joined slices with torch."""
     whole = {name: torch.empty_like(like)}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a load without processes
+        warnings.simplefilter("ignore")  # about a load without a process group
         dcp.load(whole, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
     return whole[name]
 
@@ -99,7 +99,7 @@ CUTS = {
 
 
 @pytest.mark.parametrize("cut", CUTS)
-def test_slices_are_joined_as_torch_joins_them(tmp_path: Path, cut: str) -> None:
+def test_slices_joined_like_torch(tmp_path: Path, cut: str) -> None:
     W, *cuts = CUTS[cut]
     shards(tmp_path, grid(W, *cuts).items())
     assert torch.equal(read(tmp_path), W)
@@ -113,7 +113,7 @@ def test_slices_are_joined_as_torch_joins_them(tmp_path: Path, cut: str) -> None
     assert torch.equal(pieces.sort().values, W.flatten().sort().values)
 
 
-def test_joined_slices_are_measured_and_counted_as_one_weight(tmp_path: Path) -> None:
+def test_joined_slices_measured_as_one_weight(tmp_path: Path) -> None:
     W = drawn(8, 6)
     two_shards(tmp_path, W)
     save_file({"other.weight": drawn(3, 3)}, tmp_path / "z.safetensors")
@@ -125,7 +125,7 @@ def test_joined_slices_are_measured_and_counted_as_one_weight(tmp_path: Path) ->
     assert not report.coverage.skipped
 
 
-def test_slices_of_a_quantised_weight_are_joined_before_it_is_built(tmp_path: Path) -> None:
+def test_slices_of_quantised_weight_are_joined(tmp_path: Path) -> None:
     codes, scales = drawn(8, 6).to(torch.float8_e4m3fn), drawn(8, 1)
     for file, rows in zip(SHARDS, (slice(0, 5), slice(5, 8)), strict=True):
         at = [rows.start, 0]
@@ -140,8 +140,8 @@ def test_slices_of_a_quantised_weight_are_joined_before_it_is_built(tmp_path: Pa
     assert finding.parts == ("w", "w_scale")
 
 
-def test_a_bias_is_joined_with_its_weight(folder: Path, tmp_path: Path) -> None:
-    """Its length says what the weight is: here of a convolution of one dimension."""
+def test_bias_is_joined(folder: Path, tmp_path: Path) -> None:
+    """The length of the bias shows that the weight belongs to a 1D convolution."""
     W, b = drawn(4, 3, 2), drawn(4)
     for file, rows in zip(SHARDS, (slice(0, 2), slice(2, 4)), strict=True):
         at = {"c.weight": [rows.start, 0, 0], "c.bias": [rows.start]}
@@ -153,7 +153,7 @@ def test_a_bias_is_joined_with_its_weight(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(read(folder, "c.bias"), b)
 
 
-def test_copies_of_a_slice_count_once_and_must_agree(folder: Path, tmp_path: Path) -> None:
+def test_copies_of_slice_count_once_and_must_agree(folder: Path, tmp_path: Path) -> None:
     W = drawn(6, 4)
     parts = [*grid(W, [3, 3]).items()]
     shards(folder, [*parts, *parts])
@@ -165,7 +165,7 @@ def test_copies_of_a_slice_count_once_and_must_agree(folder: Path, tmp_path: Pat
     assert torch.equal(fixed[0], fixed[2])
     assert torch.equal(fixed[1], fixed[3])
     shards(folder, [*parts, parts[0], (parts[1][0], parts[1][1] + 1)])
-    match = r"must hold the same values of w at \(3, 0\), but hold different ones"
+    match = r"must contain the same values of w at \(3, 0\), but contain different ones"
     with pytest.raises(ValueError, match=match):
         wc.audit(folder)
     with pytest.raises(UnreadableError, match=match):
@@ -174,7 +174,7 @@ def test_copies_of_a_slice_count_once_and_must_agree(folder: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("cut", ["rows", "uneven rows", "columns", "both", "bfloat16"])
-def test_repair_writes_slice_by_slice(folder: Path, tmp_path: Path, cut: str) -> None:
+def test_repair_writes_each_slice(folder: Path, tmp_path: Path, cut: str) -> None:
     W, *cuts = CUTS[cut]
     target = tmp_path / "fixed"
     shards(folder, grid(W, *cuts).items())
@@ -191,29 +191,29 @@ def test_repair_writes_slice_by_slice(folder: Path, tmp_path: Path, cut: str) ->
 
 
 @pytest.mark.parametrize(("kept", "missing"), [([1, 2], (0, 0)), ([0, 2], (2, 0))])
-def test_a_slice_that_is_missing_is_named(
+def test_missing_slice_is_named(
     folder: Path, tmp_path: Path, kept: list[int], missing: tuple[int, int]
 ) -> None:
     parts = [*grid(drawn(6, 4), [2, 2, 2]).items()]
     shards(folder, [parts[n] for n in kept])
     with pytest.raises(ValueError, match="a slice of a tensor") as error:
         wc.audit(folder)
-    assert f"what lies at {missing} is missing" in str(error.value)
-    with pytest.raises(ValueError, match="is missing"):
+    assert f"no slice contains the entry at {missing}" in str(error.value)
+    with pytest.raises(ValueError, match="no slice contains"):
         wc.repair(folder, tmp_path / "fixed", 2.0)
 
 
-def test_slices_that_make_no_tensor_are_left_out_with_the_reason(tmp_path: Path) -> None:
+def test_slices_that_do_not_tile_skipped_with_reason(tmp_path: Path) -> None:
     W = drawn(6, 4)
     cases = {
-        "several slices hold what lies at (3, 0)": [((0, 0), W[:4]), ((3, 0), W[3:])],
+        "several slices contain the entry at (3, 0)": [((0, 0), W[:4]), ((3, 0), W[3:])],
         "different dtypes: float32, float64": [((0, 0), W[:3]), ((3, 0), W[3:].double())],
-        "not all have the same number of sides": [((0, 0), W[:3]), ((12,), W[3:].flatten())],
-        "what lies at (3, 2) is missing": [((0, 0), W[:3]), ((3, 0), W[3:, :2])],
-        "what lies at (-1, 0), outside of the shape": [((-1, 0), W[:3]), ((2, 0), W[2:])],
-        "what lies at (3, 0) is missing": [((0, 0), W[:3]), ((10**30, 0), W[3:])],
-        "its offsets are not known": [((0, 0), W[:3]), ((3,), W[3:])],
-        "what lies at (0, 0, 0) is missing": [((5, 5, 5), W.reshape(2, 3, 4))],
+        "not all have the same number of dimensions": [((0, 0), W[:3]), ((12,), W[3:].flatten())],
+        "no slice contains the entry at (3, 2)": [((0, 0), W[:3]), ((3, 0), W[3:, :2])],
+        "an entry at (-1, 0), outside of the shape": [((-1, 0), W[:3]), ((2, 0), W[2:])],
+        "no slice contains the entry at (3, 0)": [((0, 0), W[:3]), ((10**30, 0), W[3:])],
+        "its offsets are unknown": [((0, 0), W[:3]), ((3,), W[3:])],
+        "no slice contains the entry at (0, 0, 0)": [((5, 5, 5), W.reshape(2, 3, 4))],
     }
     for number, (why, slices) in enumerate(cases.items()):
         folder = tmp_path / str(number)
@@ -227,11 +227,11 @@ def test_slices_that_make_no_tensor_are_left_out_with_the_reason(tmp_path: Path)
         assert why in str(skipped)
 
 
-def test_many_cut_sides_are_refused_before_they_take_memory(tmp_path: Path) -> None:
-    """A box has 2^60 corners here."""
+def test_many_cut_dimensions_are_refused(tmp_path: Path) -> None:
+    """A box has 2^60 corners here, which do not fit into memory."""
     shape = (1,) * 60
     shards(tmp_path, [((0,) * 60, drawn(*shape)), ((1,) * 60, drawn(*shape))])
-    with pytest.raises(ValueError, match="cut 60 of its sides are too many"):
+    with pytest.raises(ValueError, match="cut 60 of its dimensions are too many"):
         wc.audit(tmp_path)
 
 
@@ -247,12 +247,12 @@ boxes = st.integers(1, 4).flatmap(
 
 
 @given(boxes, st.data())
-def test_boxes_tile_a_tensor_if_each_entry_is_in_one(
+def test_boxes_tile_tensor_if_each_entry_is_in_one(
     found: tuple[int, list[tuple[tuple[int, ...], tuple[int, ...]]]], data: st.DataObject
 ) -> None:
     sides, some = found
     shape = data.draw(st.tuples(*[st.integers(1, 4)] * sides))
-    if data.draw(st.booleans()):  # one that fits, by cutting it again and again
+    if data.draw(st.booleans()):  # a valid tiling, made by repeated cuts
         some = [((0,) * sides, shape)]
         for _ in range(data.draw(st.integers(0, 3))):
             offsets, sizes = some.pop(data.draw(st.integers(0, len(some) - 1)))
@@ -268,14 +268,13 @@ def test_boxes_tile_a_tensor_if_each_entry_is_in_one(
     count[tuple(slice(2, 2 + n) for n in shape)] -= 1
     why = explain_misfit(some, shape)
     assert (why == "") == (not count.any())
-    if why:  # it names the first entry that is not in exactly one
+    if why:  # the message names the first entry that is not in exactly one box
         first = tuple(int(n) - 2 for n in count.nonzero()[0])
         assert str(first) in why
-        kind = "missing" if count[tuple(n + 2 for n in first)] < 0 else "hold"
-        assert kind in why
+        assert ("no slice" in why) == (count[tuple(n + 2 for n in first)] < 0)
 
 
-def test_an_index_does_not_make_a_slice_whole(tmp_path: Path) -> None:
+def test_index_does_not_make_slice_complete(tmp_path: Path) -> None:
     two_shards(tmp_path, drawn(8, 6))
     shard(tmp_path / "x.safetensors", {}, v=drawn(3, 3))
     for number in (0, 1):
@@ -287,11 +286,11 @@ def test_an_index_does_not_make_a_slice_whole(tmp_path: Path) -> None:
         assert "must be read with it" in str(report.coverage.skipped["w"])
 
 
-def test_the_first_of_several_shards_is_no_whole_tensor(tmp_path: Path) -> None:
-    """Nothing in it says so: only that there are others."""
+def test_single_shard_of_several_is_not_measured(tmp_path: Path) -> None:
+    """Only the existence of other shards shows that the tensor is incomplete."""
     two_shards(tmp_path, drawn(8, 6))
     first, second = (tmp_path / f"{file}.safetensors" for file in SHARDS)
-    with pytest.raises(ValueError, match=r"shard-00002.* must be read with it: give the fold"):
+    with pytest.raises(ValueError, match=r"shard-00002.* must be read with it: give the path"):
         wc.audit(first)
     second.write_bytes(second.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"shard-00002.* must be read with it"):
@@ -300,28 +299,28 @@ def test_the_first_of_several_shards_is_no_whole_tensor(tmp_path: Path) -> None:
     second = two_shards(tmp_path, drawn(8, 6)) / second.name
     second.unlink()
     (tmp_path / second.name.replace("00002", "00003")).unlink()
-    assert wc.audit(first).coverage.measured == 1  # as far as can be seen
+    assert wc.audit(first).coverage.measured == 1  # nothing shows that shards are missing
 
 
 @pytest.mark.parametrize("numbers", [(1, 3), (2, 3), (1, 10**200)])
-def test_numbers_of_processes_have_no_gaps(tmp_path: Path, numbers: tuple[int, int]) -> None:
+def test_gap_in_process_numbers_is_reported(tmp_path: Path, numbers: tuple[int, int]) -> None:
     W = drawn(8, 6)
     for number, (at, part) in zip(numbers, grid(W, [4, 4]).items(), strict=True):
         shard(tmp_path / f"shard-{number:05}-a.safetensors", {"w": list(at)}, w=part)
-    with pytest.raises(ValueError, match=r"there are files of 2 of \d+ processes"):
+    with pytest.raises(ValueError, match=r"only 2 of \d+ processes have a file"):
         wc.audit(tmp_path)
 
 
-def test_ranks_count_from_zero(tmp_path: Path) -> None:
+def test_ranks_are_counted_from_zero(tmp_path: Path) -> None:
     for number, (at, part) in enumerate(grid(drawn(8, 6), [4, 4]).items()):
         shard(tmp_path / f"model_rank_{number}.safetensors", {"w": list(at)}, w=part)
     assert wc.audit(tmp_path).coverage.measured == 1
     (tmp_path / "model_rank_0.safetensors").rename(tmp_path / "model_rank_2.safetensors")
-    with pytest.raises(ValueError, match="there are files of 2 of 3 processes"):
+    with pytest.raises(ValueError, match="only 2 of 3 processes have a file"):
         wc.audit(tmp_path)
 
 
-def test_a_slice_beside_a_whole_tensor_of_its_name_has_another(tmp_path: Path) -> None:
+def test_slice_next_to_complete_tensor_is_renamed(tmp_path: Path) -> None:
     two_shards(tmp_path, drawn(8, 6))
     save_file({"w": drawn(3, 3)}, tmp_path / "a.safetensors")
     report = wc.audit(tmp_path)
@@ -333,7 +332,7 @@ def test_a_slice_beside_a_whole_tensor_of_its_name_has_another(tmp_path: Path) -
     assert report.coverage.parameter_share == 9 / (9 + 24)
 
 
-def test_what_is_asked_for_by_name_and_left_out_is_told_why(tmp_path: Path) -> None:
+def test_error_for_included_slice_gives_reason(tmp_path: Path) -> None:
     (two_shards(tmp_path, drawn(8, 6)) / f"{SHARDS[0]}.safetensors").unlink()
     codes = {"q.weight": torch.ones(8, 6), "q.weight_scale": torch.ones(8, 1)}
     save_file({"v": drawn(3, 3), **codes}, tmp_path / "z.safetensors")
@@ -346,7 +345,7 @@ def test_what_is_asked_for_by_name_and_left_out_is_told_why(tmp_path: Path) -> N
     assert "left out" not in str(caught.value)
 
 
-def test_a_slice_is_not_repaired_alone(folder: Path, tmp_path: Path) -> None:
+def test_single_slice_is_not_repaired(folder: Path, tmp_path: Path) -> None:
     path = two_shards(folder, drawn(8, 6)) / f"{SHARDS[1]}.safetensors"
     for patterns in ((), ("w",)):
         with pytest.raises(ValueError, match=r"slice|matches none"):
@@ -355,8 +354,8 @@ def test_a_slice_is_not_repaired_alone(folder: Path, tmp_path: Path) -> None:
         wc.audit(path)
 
 
-def test_the_writer_of_torch_is_known(tmp_path: Path) -> None:
-    """Alone, as the only process, it writes whole tensors, and gives offsets of all."""
+def test_output_of_torch_writer_is_read(tmp_path: Path) -> None:
+    """As the only process, the writer stores complete tensors with offsets."""
     W = drawn(4, 3)
     writer = dcp.HuggingFaceStorageWriter(str(tmp_path / "a"), save_distributed=True)
     joined = dcp.HuggingFaceStorageWriter(
@@ -388,21 +387,21 @@ def test_the_writer_of_torch_is_known(tmp_path: Path) -> None:
         json.dumps({"w": {"saved_offsets": [0] * 1000}}),
     ],
 )
-def test_damaged_offsets_are_no_whole_tensor(tmp_path: Path, said: str) -> None:
+def test_damaged_offsets_are_not_measured(tmp_path: Path, said: str) -> None:
     assert saved_offsets({"DCP_SHARDING_INFO": said}) is None
     save_file({"w": drawn(4, 3)}, tmp_path / "a.safetensors", {"DCP_SHARDING_INFO": said})
-    with pytest.raises(ValueError, match="its offsets are not known"):
+    with pytest.raises(ValueError, match="its offsets are unknown"):
         wc.audit(tmp_path / "a.safetensors")
 
 
-def test_what_is_not_listed_is_whole(tmp_path: Path) -> None:
+def test_unlisted_tensor_is_complete(tmp_path: Path) -> None:
     shard(tmp_path / "a.safetensors", {"w": [0, 0]}, w=drawn(4, 3), v=drawn(3, 3))
     assert {f.name for f in wc.audit(tmp_path).findings} == {"v", "w"}
     assert saved_offsets({}) == {}
 
 
 @pytest.mark.parametrize("unlisted", [0, 1])
-def test_a_slice_that_one_file_does_not_list_is_no_whole(tmp_path: Path, unlisted: int) -> None:
+def test_slice_unlisted_in_one_file_is_not_measured(tmp_path: Path, unlisted: int) -> None:
     for number in (0, 1):
         offsets = {"w": [2 * number, 0], "v": [2 * number, 0]}
         if number == unlisted:
@@ -411,7 +410,7 @@ def test_a_slice_that_one_file_does_not_list_is_no_whole(tmp_path: Path, unliste
         shard(path, offsets, w=drawn(2, 3), v=drawn(2, 4))
     report = wc.audit(tmp_path)
     assert [(f.label, f.shape) for f in report.findings] == [("v", (4, 4))]
-    assert "its offsets are not known" in str(report.coverage.skipped["w"])
+    assert "its offsets are unknown" in str(report.coverage.skipped["w"])
 
 
 @pytest.mark.parametrize(
@@ -423,7 +422,7 @@ def test_a_slice_that_one_file_does_not_list_is_no_whole(tmp_path: Path, unliste
         ("model_world_size_2_rank_0.pt", "model_world_size_2_rank_1.pt"),
     ],
 )
-def test_a_rank_of_several_holds_slices(tmp_path: Path, files: tuple[str, ...]) -> None:
+def test_rank_of_several_contains_slices(tmp_path: Path, files: tuple[str, ...]) -> None:
     for name in files:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         torch.save({"w": drawn(4, 3)}, tmp_path / name)
@@ -432,18 +431,19 @@ def test_a_rank_of_several_holds_slices(tmp_path: Path, files: tuple[str, ...]) 
     (tmp_path / files[1]).unlink()
     if (tmp_path / files[1]).parent != tmp_path:
         (tmp_path / files[1]).parent.rmdir()
-    assert wc.audit(tmp_path / files[0]).coverage.measured == 1  # the only rank has all
+    # The only rank contains complete tensors.
+    assert wc.audit(tmp_path / files[0]).coverage.measured == 1
 
 
 @pytest.mark.parametrize(
     "files",
     [
         ("step_1.pt", "step_2.pt"),
-        ("mp_rank_00_000.pt", "mp_rank_00_001.pt"),  # of pipeline parallelism: whole layers
+        ("mp_rank_00_000.pt", "mp_rank_00_001.pt"),  # pipeline parallelism: complete layers
         ("model-00001-of-00002.safetensors", "other-00002-of-00002.safetensors"),
     ],
 )
-def test_files_with_the_same_names_are_not_always_slices(
+def test_files_with_equal_names_are_not_always_slices(
     tmp_path: Path, files: tuple[str, ...]
 ) -> None:
     for name in files:
@@ -455,7 +455,7 @@ def test_files_with_the_same_names_are_not_always_slices(
     assert wc.audit(tmp_path).coverage.measured == 2
 
 
-def test_shards_without_an_index_that_repeat_a_name_hold_slices(tmp_path: Path) -> None:
+def test_names_repeated_in_shards_without_index_are_slices(tmp_path: Path) -> None:
     for number in (1, 2):
         content = {"w": drawn(4, 3), f"v{number}": drawn(3, 3)}
         save_file(content, tmp_path / f"model-0000{number}-of-00002.safetensors")
@@ -465,14 +465,14 @@ def test_shards_without_an_index_that_repeat_a_name_hold_slices(tmp_path: Path) 
     assert report.coverage.parameter_share == 18 / 42
 
 
-def test_flat_parameters_are_called_that(tmp_path: Path) -> None:
+def test_flat_parameters_are_named(tmp_path: Path) -> None:
     torch.save({"layer._flat_param": drawn(40), "flat_param": drawn(4, 10)}, tmp_path / "a.pt")
     skipped = Checkpoint(tmp_path / "a.pt").skipped()
     assert {why.reason for why in skipped.values()} == {Reason.flat}
 
 
-def test_a_rank_is_no_end_of_a_word(tmp_path: Path) -> None:
-    """Of an adapter r is the rank: temp_rank_4 is none of two processes."""
+def test_rank_at_end_of_word_is_ignored(tmp_path: Path) -> None:
+    """In the name of an adapter, temp_rank_4 is the rank r, not the rank of a process."""
     for rank in (4, 8):
         save_file({"a.weight": torch.randn(4, 4)}, tmp_path / f"temp_rank_{rank}.safetensors")
     assert len(wc.audit(tmp_path / "temp_rank_4.safetensors").findings) == 1

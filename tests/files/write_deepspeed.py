@@ -1,9 +1,9 @@
-"""Writes tests/files/data/zero2 and zero3: what DeepSpeed saves in its stages 2 and 3.
+"""Writes tests/files/data/zero2 and zero3: files of DeepSpeed in its stages 2 and 3.
 
     python tests/files/write_deepspeed.py STAGE [FOLDER]    # deepspeed 0.19.8, torch 2.13.0
 
-Beside zero2 `zero2.safetensors` has the weights of the live model. The scripts that DeepSpeed
-copies into each checkpoint are left out.
+`data/zero2.safetensors` contains the weights of the live model. The scripts that DeepSpeed copies
+into each checkpoint are removed.
 """
 
 import os
@@ -19,7 +19,7 @@ ONE_PROCESS |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29512", "DS_ACCELERA
 SETTINGS = {
     "train_batch_size": 2,
     "bf16": {"enabled": True},
-    "zero_allow_untested_optimizer": True,  # one of torch, for which nothing is compiled
+    "zero_allow_untested_optimizer": True,  # an optimizer of torch, which needs no compilation
 }
 
 

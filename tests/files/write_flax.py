@@ -1,9 +1,9 @@
-"""Writes tests/files/data/flax: what Flax saves, and what its layers do.
+"""Writes tests/files/data/flax: files of Flax, and the action of its layers.
 
     python tests/files/write_flax.py [FOLDER]    # flax 0.12.8, jax 0.10.2, optax 0.2.8
 
-The singular values are those of the action of each layer, which is applied to the identity, without
-its bias. Strides are as long as windows, so that a convolution sees each input once.
+The singular values are those of the action of each layer without its bias, which is applied to the
+identity. Strides equal the lengths of windows, so that a convolution uses each input once.
 """
 
 import json
@@ -24,17 +24,17 @@ values: dict[str, list[float]] = {}
 
 
 def drawn(tree):
-    """Values for all arrays of a tree."""
+    """Returns values for all arrays of a tree."""
     return jax.tree.map(lambda a: SOURCE.standard_normal(a.shape).astype("float32"), tree)
 
 
 def parameters_of(layer, *inputs):
-    """Its parameters, none of them zero; no layer is compiled for that."""
+    """Returns nonzero parameters without compiling a layer."""
     return drawn(jax.eval_shape(layer.init, KEY, *inputs)["params"])
 
 
 def measure(label, layer, parameters, *shape):
-    """Keeps the singular values of the action of a layer on inputs of this shape."""
+    """Records the singular values of the action of a layer on inputs of this shape."""
     identity = np.eye(np.prod(shape), dtype="float32")
     inputs = np.concatenate([identity, 0 * identity[:1]]).reshape(-1, *shape[1:])
     outputs = np.asarray(layer.apply({"params": parameters}, inputs), "float64")
@@ -48,7 +48,7 @@ def conv(kind, features, window, **settings):
 
 
 def alone(tree):
-    """Layers by themselves."""
+    """Single layers."""
     for name, layer, shape in (
         ("Conv_0", conv(nn.Conv, 5, (2, 2)), (1, 2, 2, 3)),
         ("Conv_1", conv(nn.Conv, 5, (3,)), (1, 3, 4)),
@@ -103,7 +103,7 @@ def measure_block(name, parameters, bias, suffix=""):
 
 
 def blocks(tree):
-    """A block by itself, layers of nn.scan, and an ensemble of nn.vmap."""
+    """A single block, layers of nn.scan, and an ensemble of nn.vmap."""
     x = np.zeros((1, 3, WIDTH), "float32")
     tree["Block_0"] = parameters_of(Block(bias=True), x)
     measure_block("Block_0", tree["Block_0"], bias=True)
@@ -150,7 +150,7 @@ def write(folder: Path) -> None:
         "float8": dense["kernel"].astype(jnp.float8_e3m4),
         "list": [dense["kernel"], {"kernel": dense["kernel"].T}],
     }
-    serialization.MAX_CHUNK_SIZE = 48  # which is a gigabyte
+    serialization.MAX_CHUNK_SIZE = 48  # the default is 1 GB
     (folder / "chunked.msgpack").write_bytes(serialization.to_bytes(others))
     (folder / "array.msgpack").write_bytes(serialization.to_bytes(np.diag([9.0, 1.0])))
     kernel = np.asarray(dense["kernel"]).tolist()

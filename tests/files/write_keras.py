@@ -1,10 +1,9 @@
-"""Writes tests/files/data/keras: what Keras saves, and what its layers do.
+"""Writes tests/files/data/keras: files of Keras, and the action of its layers.
 
     KERAS_BACKEND=torch python tests/files/write_keras.py [FOLDER]    # keras 3.15.1, h5py 3.16.0
 
-`expected.safetensors` has the matrix of the action of each layer without its bias: the layer,
-applied to the basis vectors of its smallest input. Of recurrent layers it has an input and the
-output instead.
+`expected.safetensors` contains the matrix of each layer without its bias: the layer is applied to
+the basis vectors of its smallest input. For recurrent layers, it contains an input and the output.
 """
 
 import os
@@ -23,7 +22,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def act(layer: keras.Layer, *shape: int) -> np.ndarray:
-    """The matrix (outputs, inputs) of a layer on inputs of this shape, without the batch."""
+    """Returns the matrix (outputs, inputs) of a layer for unbatched inputs of this shape."""
     basis = np.eye(int(np.prod(shape)), dtype="float32").reshape(-1, *shape)
     zero = np.zeros((1, *shape), "float32")
     values = [keras.ops.convert_to_numpy(layer(x)) for x in (basis, zero)]
@@ -31,7 +30,7 @@ def act(layer: keras.Layer, *shape: int) -> np.ndarray:
 
 
 def convolutions() -> tuple[keras.Model, Arrays]:
-    """Each kind of convolution, and a model in a model."""
+    """Makes each kind of convolution, and a model within a model."""
     images, sound = keras.Input((9, 9, 4)), keras.Input((9, 4))
     made = {
         "grouped": L.Conv2D(6, (3, 2), groups=2, name="grouped"),
@@ -55,7 +54,7 @@ def convolutions() -> tuple[keras.Model, Arrays]:
 
 
 def sequences() -> tuple[keras.Model, Arrays]:
-    """Attention, recurrent layers, and those that an equation describes."""
+    """Makes attention, recurrent layers and layers with an einsum equation."""
     tokens = keras.Input((5,), dtype="int32")
     x = L.Embedding(9, 8, name="table")(tokens)
     attention = L.MultiHeadAttention(2, 3, name="attention")
@@ -71,7 +70,8 @@ def sequences() -> tuple[keras.Model, Arrays]:
     cells = L.RNN([L.SimpleRNNCell(3), L.GRUCell(2)], return_sequences=True, name="cells")
     model = keras.Model(tokens, cells(gru(x)))
     model.compile("sgd", "mse")
-    model.fit(np.zeros((2, 5)), np.zeros((2, 5, 2)), verbose=0)  # so that it has an optimizer
+    # After a step, the file contains an optimizer.
+    model.fit(np.zeros((2, 5)), np.zeros((2, 5, 2)), verbose=0)
     random = np.random.default_rng(0)
     for variable in model.trainable_variables:
         variable.assign(random.normal(size=variable.shape) / 2)
@@ -91,13 +91,13 @@ def sequences() -> tuple[keras.Model, Arrays]:
 
 
 class Own(keras.Model):
-    """A class of its own, the layers of which no config describes."""
+    """A subclassed model, whose layers no config describes."""
 
     def __init__(self) -> None:
         super().__init__(name="own")
         self.first = L.Dense(3)
         self.blocks = [L.Dense(4), L.Conv2D(2, 2)]
-        self.a_patch = L.Conv2D(3, 2, name="patch_of_own")  # not in `layers`, which comes later
+        self.a_patch = L.Conv2D(3, 2, name="patch_of_own")  # saved before `layers`
         self.table = self.add_weight(shape=(3, 4), name="table")
 
     def call(self, x: object) -> object:

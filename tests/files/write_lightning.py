@@ -1,8 +1,8 @@
-"""Writes tests/files/data/lightning: what ModelParallelStrategy of Lightning saves.
+"""Writes tests/files/data/lightning: files of Lightning's ModelParallelStrategy.
 
     python tests/files/write_lightning.py [FOLDER]      # lightning 2.6.6, torch 2.13.0, safetensors
 
-Beside it `lightning.safetensors` has the weights, gathered from the processes by torch.
+`data/lightning.safetensors` contains the weights, which torch gathers from the processes.
 """
 
 import os
@@ -22,7 +22,7 @@ DATA = Path(__file__).with_name("data")
 
 
 class Net(lightning.LightningModule):
-    """Three rows and five columns, of which a process has two rows and the other has one."""
+    """Weights with three rows, two in one process and one in the other."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,29 +30,29 @@ class Net(lightning.LightningModule):
         self.second = nn.Linear(3, 2, bias=False).requires_grad_(False)
 
     def configure_model(self) -> None:
-        """Cuts the weights."""
+        """Shards the weights."""
         for layer in (self.first, self.second, self):
             fully_shard(layer, mesh=self.device_mesh["data_parallel"])
 
     def training_step(self, batch: Tensor, index: int) -> Tensor:
-        """A loss of no meaning."""
+        """Returns an arbitrary loss."""
         return self.second(self.first(batch)).square().mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """One with a state."""
+        """Returns an optimizer with a state."""
         return Momentum(self.first.parameters(), {"lr": 0.1})
 
     def train_dataloader(self) -> DataLoader[Tensor]:
-        """Random inputs."""
+        """Returns random inputs."""
         return DataLoader(torch.randn(8, 5), batch_size=2)
 
 
 class Momentum(torch.optim.Optimizer):
-    """Few settings, each of which takes a kilobyte in the file."""
+    """An optimizer with few settings, each of which needs 1 kB in the file."""
 
     @torch.no_grad()
     def step(self, closure: object = None) -> Tensor:
-        """One step of SGD with momentum."""
+        """Runs one step of SGD with momentum."""
         loss = closure()
         for group in self.param_groups:
             for p in group["params"]:
@@ -90,7 +90,7 @@ if __name__ == "__main__":
     sys.argv[:] = [
         str(Path(__file__).absolute()),
         str(target),
-    ]  # for the other process, which this one starts
+    ]  # for the other process, which this process starts
     target.mkdir(exist_ok=True)
-    os.chdir(target)  # what is saved has the path in it
+    os.chdir(target)  # the saved files contain this path
     write(Path())

@@ -1,8 +1,8 @@
-"""Writes tests/files/data/exported.onnx: what torch.onnx.export makes of a small network.
+"""Writes tests/files/data/exported.onnx: a small network, exported by torch.onnx.export.
 
     python tests/files/write_onnx.py [FOLDER]    # torch 2.13.0, onnx 1.23.2, onnxscript 0.7.2
 
-Beside it exported.safetensors has the weights of the network.
+`data/exported.safetensors` contains the weights of the network.
 """
 
 import sys
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 
 class Net(nn.Module):
-    """A layer of each kind that holds a matrix."""
+    """One layer of each kind that contains a matrix."""
 
     def __init__(self) -> None:
         super().__init__()
         self.words = nn.Embedding(7, 4)
-        self.lift = nn.Linear(4, 6)  # of three axes, which becomes MatMul
+        self.lift = nn.Linear(4, 6)  # an input with three axes, which becomes MatMul
         self.conv = nn.Conv1d(6, 4, 3, padding=1, groups=2)
         self.depthwise = nn.Conv1d(4, 4, 3, padding=1, groups=4)
         self.merged = nn.Conv1d(4, 5, 1)
@@ -28,7 +28,7 @@ class Net(nn.Module):
         self.up = nn.ConvTranspose1d(5, 3, 2, stride=2)
         self.lstm = nn.LSTM(3, 4, bidirectional=True, batch_first=True)
         self.gru = nn.GRU(8, 3, batch_first=True)
-        self.head = nn.Linear(3, 5)  # of two axes, which becomes Gemm
+        self.head = nn.Linear(3, 5)  # an input with two axes, which becomes Gemm
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.depthwise(self.conv(self.lift(self.words(tokens)).mT))
@@ -38,7 +38,7 @@ class Net(nn.Module):
 
 
 def write(folder: Path) -> None:
-    """Moves the statistics of BatchNorm, exports, and leaves out what describes the program."""
+    """Updates the statistics of BatchNorm, exports, and removes descriptions of the program."""
     torch.manual_seed(0)
     net = Net()
     for _ in range(20):

@@ -1,1 +1,1 @@
-"""Bytes in, tensors out: one reader for each format, and copies with some tensors replaced."""
+"""Reads the tensors of a file, with one reader per format, and copies files with new values."""

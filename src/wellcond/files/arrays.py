@@ -1,7 +1,7 @@
-"""Arrays of NumPy, a file of one (.npy) or an archive of several (.npz), read without NumPy.
+"""NumPy arrays, in a file of one (.npy) or an archive of several (.npz), read without NumPy.
 
-A header says dtype, order and shape as a Python literal, and the entries follow. Arrays of Python
-objects are pickles, which are not read. Neither format says which framework wrote it.
+A header contains dtype, order and shape as a Python literal, and the entries follow. Arrays of
+Python objects are pickles, which are not read. Neither format records which framework wrote it.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from wellcond.files.tensors import (
 from wellcond.weights.reasons import Reason, Skipped
 
 _MAGIC = b"\x93NUMPY"
-_HEADER = 10_000  # letters, the limit of NumPy; more of them can take long to parse
+_HEADER = 10_000  # characters, the limit of NumPy; a longer header can be slow to parse
 _PIECE = 16 << 20  # bytes
-_KIND = "file of NumPy"
-_CUT_OFF = "its contents do not fit together"
+_KIND = "NumPy file"
+_CUT_OFF = "its contents are inconsistent"
 _ENDING = ".npy"
 _DTYPES = {"f2": torch.float16, "f4": torch.float32, "f8": torch.float64, "b1": torch.bool}
 _DTYPES |= {"c8": torch.complex64, "c16": torch.complex128, "i1": torch.int8, "i2": torch.int16}
 _DTYPES |= {"i4": torch.int32, "i8": torch.int64, "u1": torch.uint8, "u2": torch.uint16}
 _DTYPES |= {"u4": torch.uint32, "u8": torch.uint64}
-# Floating point numbers that torch lacks, or that NumPy stores without their dtype.
+# Floating point dtypes that torch lacks, or that NumPy stores without their name.
 _UNREAD = {
     "f16": "long double: save it as float64",
     "f12": "long double: save it as float64",
@@ -58,9 +58,9 @@ _OTHERS = {
     _OBJECTS: (Reason.objects, "an array of Python objects, which is a pickle"),
     _RECORDS: (Reason.no_tensors, "an array of records (a structured dtype)"),
 }
-# What scipy.sparse.save_npz stores of a matrix, beside its indices.
+# The arrays that scipy.sparse.save_npz stores for a matrix, in addition to its indices.
 _SPARSE = {"data", "format", "shape"}
-_CONVERT = "save what it holds as safetensors: safetensors.numpy.save_file({}, other)"
+_CONVERT = "save its arrays as safetensors: safetensors.numpy.save_file({}, other)"
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class _Stored:
     """An array: its dtype, and where its entries begin.
 
     Attributes:
-        start: the byte in the file; of a compressed member of an archive the byte in the member.
-        member: the name of that member; "" if the entries lie in the file as they are.
+        start: the byte in the file; for a compressed member of an archive, the byte in the member.
+        member: the name of the compressed member; "" if the entries are not compressed.
     """
 
     shape: tuple[int, ...]
@@ -90,7 +90,7 @@ class _Stored:
 
 
 class _NumPy(TensorFile):
-    """A file of NumPy, of one array or of several."""
+    """A NumPy file with one array or several."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -100,14 +100,14 @@ class _NumPy(TensorFile):
         if not self.entries:
             if any(why.reason is Reason.objects for why in self.others.values()):
                 raise NoTensorsError(
-                    f"{path} must hold arrays of numbers, but holds {_OTHERS[_OBJECTS][1]}: "
+                    f"{path} must contain arrays of numbers, but contains {_OTHERS[_OBJECTS][1]}: "
                     "loading it could run code. Load it where it was made, and save each array of "
-                    "numbers by itself: numpy.savez(other, name=array)."
+                    "numbers separately: numpy.savez(other, name=array)."
                 )
             found = _OTHERS[_RECORDS][1] if self.others else "none"
             raise NoTensorsError(
-                f"{path} must hold arrays of numbers, but holds {found}. Save each as an array of "
-                "one dtype."
+                f"{path} must contain arrays of numbers, but contains {found}. Save each "
+                "array with one dtype: numpy.savez(other, name=array)."
             )
         self._leave_out_guesses()
 
@@ -135,7 +135,7 @@ class _NumPy(TensorFile):
     def read(self, name: str, rows: Rows | None = None) -> Tensor:
         array = self._stored[name]
         shape = array.shape
-        if array.fortran and len(shape) > 1:  # the last side is the slowest
+        if array.fortran and len(shape) > 1:  # the last dimension varies slowest
             if rows is None:
                 flat = self._read_part(array, 0, array.nbytes, name)
             else:
@@ -148,7 +148,7 @@ class _NumPy(TensorFile):
         return flat.reshape(rows[1] - rows[0], *shape[1:])
 
     def _read_columns(self, array: _Stored, rows: Rows, name: str) -> Tensor:
-        """These rows of each column, one column after the other; what is between is let go."""
+        """Reads these rows of each column, one column after the other, and drops the other rows."""
         long, count = array.shape[0], math.prod(array.shape[1:])
         each = array.dtype.itemsize
         start, stop = rows
@@ -181,7 +181,7 @@ class _NumPy(TensorFile):
                 yield from pieces_of(read(at, min(_PIECE, array.nbytes - at), name))
 
     def _read_part(self, array: _Stored, at: int, size: int, name: str) -> Tensor:
-        """Entries in the order of the file, from a byte on."""
+        """Reads entries in the order of the file, starting at byte `at`."""
         if not size:
             return torch.empty(0, dtype=array.dtype, device="cpu")
         with self._reader(array) as read:
@@ -189,7 +189,7 @@ class _NumPy(TensorFile):
 
     @contextlib.contextmanager
     def _reader(self, array: _Stored) -> Iterator[Callable[[int, int, str], Tensor]]:
-        """Reads entries in the order of the file, from a byte on; each later than those before."""
+        """Yields a function that reads entries in file order, each call at a later byte."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(errors_as_damage(self.path, _KIND, "an array cannot be unpacked"))
             file: IO[bytes] = stack.enter_context(self._open())
@@ -214,8 +214,8 @@ class Array(_NumPy):
     """A .npy file. Its array has the name of the file without the ending."""
 
     endings = (_ENDING,)
-    kind = "an array of NumPy"
-    not_copied = "it is an array of NumPy, which is only read; " + _CONVERT.format(
+    kind = "a NumPy array"
+    not_copied = "it is a NumPy array, which wellcond only reads; " + _CONVERT.format(
         "{'weight': numpy.ascontiguousarray(numpy.load(path))}"
     )
 
@@ -226,11 +226,11 @@ class Array(_NumPy):
         if array.code not in _OTHERS:
             left = size - array.start - array.nbytes
             if left < 0:
-                raise DamagedError(f"it must hold {size - left:,} bytes, but holds {size:,}")
+                raise DamagedError(f"it must contain {size - left:,} bytes, but contains {size:,}")
             if left:
                 raise UnreadableError(
-                    f"{self.path} must hold one array, but {left:,} bytes follow it. Save several "
-                    "arrays by numpy.savez."
+                    f"{self.path} must contain one array, but {left:,} bytes follow it. Save "
+                    "several arrays with numpy.savez."
                 )
         self._add(self.path.stem, array)
 
@@ -239,8 +239,8 @@ class Arrays(_NumPy):
     """A .npz file: an archive of arrays, stored or compressed."""
 
     endings = (".npz",)
-    kind = "an archive of NumPy"
-    not_copied = "it is an archive of NumPy, which is only read; " + _CONVERT.format(
+    kind = "a NumPy archive"
+    not_copied = "it is a NumPy archive, which wellcond only reads; " + _CONVERT.format(
         "{n: numpy.ascontiguousarray(a) for n, a in numpy.load(path).items()}"
     )
 
@@ -254,7 +254,7 @@ class Arrays(_NumPy):
                 raise DamagedError("two of its arrays have the same name")
             if found.keys() >= _SPARSE:
                 raise NoTensorsError(
-                    f"{self.path} must hold dense arrays, but is a sparse matrix of SciPy. Save it "
+                    f"{self.path} must contain dense arrays, but is a sparse SciPy matrix. Save it "
                     "as a dense one: numpy.savez(other, w=scipy.sparse.load_npz(path).toarray())."
                 )
             for name, info in found.items():
@@ -277,7 +277,7 @@ class Arrays(_NumPy):
             self._add(name, array)
             return
         if array.start + array.nbytes != info.file_size:
-            raise DamagedError("the size of an array is not that of its entries")
+            raise DamagedError("the size of an array differs from that of its entries")
         if info.compress_type:
             self._add(name, replace(array, member=info.filename))
             return
@@ -287,54 +287,54 @@ class Arrays(_NumPy):
 
 
 def _native(flat: Tensor, array: _Stored) -> Tensor:
-    """The entries in the order of bytes of this machine."""
+    """Returns the entries in the byte order of this machine."""
     if array.swapped:
         flat.untyped_storage().byteswap(array.dtype)  # type: ignore[no-untyped-call]
     return flat
 
 
 def _read_header(file: IO[bytes], begin: bytes = b"") -> _Stored:
-    """What a file says of its array, of which these bytes were read before.
+    """Reads the header of an array, after the bytes `begin`.
 
-    Whatever it raises says that the file is damaged.
+    Any exception means that the file is damaged.
     """
     begin += file.read(8 - len(begin))
     if begin[:6] != _MAGIC:
-        raise DamagedError("it does not begin as an array does" if begin else "it is empty")
+        raise DamagedError("it does not begin like a NumPy array" if begin else "it is empty")
     version = tuple(begin[6:])
     if version not in ((1, 0), (2, 0), (3, 0)):
-        raise DamagedError("the version of its format is not 1.0, 2.0 or 3.0")
+        raise DamagedError("its format version is not 1.0, 2.0 or 3.0")
     width = 2 if version == (1, 0) else 4
     length = int.from_bytes(file.read(width), "little")
     if length > _HEADER:
         raise DamagedError(f"a header has more than {_HEADER:,} bytes")
     text = file.read(length)
     if len(text) != length:
-        raise DamagedError("a header is cut off")
+        raise DamagedError("a header is truncated")
     descr, fortran, shape = _parse(text.decode("utf-8" if version == (3, 0) else "latin-1"))
     at = 8 + width + length
     if not isinstance(descr, str):
         return _Stored(shape, _RECORDS, fortran, False, at)
-    order, code = descr[:1], re.sub(r"\[\w+\]$", "", descr[1:])  # of dates the unit
+    order, code = descr[:1], re.sub(r"\[\w+\]$", "", descr[1:])  # removes the unit of dates
     if code in ("O", "O8", "O4"):
         return _Stored(shape, _OBJECTS, fortran, False, at)
     if order not in ("<", ">", "|") or not re.fullmatch(r"[biufcmMSUV]\d{1,9}", code):
-        raise DamagedError("a dtype is not one of NumPy")
+        raise DamagedError("a dtype is not a NumPy dtype")
     other = order != "|" and (order == "<") != (sys.byteorder == "little")
     swapped = other and code in _DTYPES and _DTYPES[code].itemsize > 1
     return _Stored(shape, code, fortran, swapped, at)
 
 
 def _parse(text: str) -> tuple[Any, bool, tuple[int, ...]]:
-    text = re.sub(r"(?<=\d)L\b", "", text)  # of Python 2
+    text = re.sub(r"(?<=\d)L\b", "", text)  # integers of Python 2
     try:
         header = ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        raise DamagedError("a header is no Python literal") from None
+        raise DamagedError("a header is not a Python literal") from None
     if not isinstance(header, dict) or set(header) != {"descr", "fortran_order", "shape"}:
-        raise DamagedError("a header does not say dtype, order and shape")
+        raise DamagedError("a header does not contain exactly dtype, order and shape")
     descr, fortran, shape = header["descr"], header["fortran_order"], header["shape"]
-    # A tuple is a dtype with a shape of its own.
+    # A tuple is a dtype with its own shape.
     if not (isinstance(descr, str | list | tuple) and type(fortran) is bool and is_shape(shape)):
         raise DamagedError("a header has no valid dtype, order or shape")
     return descr, fortran, shape

@@ -1,4 +1,4 @@
-"""The weight that a recipe builds, read as a tensor of a file is."""
+"""A weight that a recipe builds, read like a tensor of a file."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from wellcond.recipes.base import Read, Recipe, RecipeError
 
 
 class BuildError(UnreadableError):
-    """Why a weight cannot be built: what its parts hold is contradictory or damaged."""
+    """A weight cannot be built, because its parts are contradictory or damaged."""
 
 
 @dataclass(frozen=True)
 class Stack:
-    """A stack of matrices, each of which is built when it is asked for.
+    """A stack of matrices, each of which is built on access.
 
-    A view is applied to it as to a tensor: what the view does to a matrix is done to each.
+    A view is applied to the stack as to a tensor: it acts on each matrix.
     """
 
     build: Callable[[int], Tensor]
@@ -33,25 +33,25 @@ class Stack:
         return Stack(lambda index: self.build(index).mT)
 
     def narrow(self, dim: int, start: int, length: int) -> Stack:
-        """So many rows (dim -2) or columns (-1) of each."""
+        """Narrows the rows (dim -2) or columns (dim -1) of each matrix."""
         return Stack(lambda index: self.build(index).narrow(dim, start, length))
 
     def __getitem__(self, key: Any) -> Any:
-        """The matrix with this number; or the entries of each at (..., rows, columns)."""
+        """Returns the matrix with this number, or indexes each matrix with (..., rows, columns)."""
         if isinstance(key, int):
             return self.build(key)
         return Stack(lambda index: self.build(index)[key])
 
 
 class Built(Holder):
-    """One weight, of the tensors from which its recipe builds it."""
+    """One weight, built by its recipe from stored tensors."""
 
     def __init__(self, recipe: Recipe, stored: Mapping[str, tuple[Holder, Entry]]) -> None:
         self.recipe = recipe
         self.parts = {name: stored[name] for name in recipe.parts}
 
     def read_part(self, name: str, rows: Rows | None = None) -> Tensor:
-        """The values of a part, or rows of it."""
+        """Reads the values of a part, or rows of it."""
         holder, entry = self.parts[name]
         return holder.read(entry.name, rows)
 
@@ -60,13 +60,13 @@ class Built(Holder):
         return W if rows is None else W[rows[0] : rows[1]]
 
     def matrices(self) -> Any:
-        """The weight; of a stack that is built in parts a `Stack`."""
+        """Returns the weight, or a `Stack` if its matrices are built one by one."""
         if self.recipe.count == 1:
             return self.read(self.recipe.label)
         return Stack(lambda index: self._build(self.read_part, index))
 
     def read_after(self, new: Tensor) -> Tensor:
-        """The weight that would be built if the parts were to store this one."""
+        """Returns the weight that would be built after the parts have stored `new`."""
         stored = self._store(new)
 
         def read(name: str, rows: Rows | None = None) -> Tensor:
@@ -77,7 +77,10 @@ class Built(Holder):
         return self._build(read, 0)
 
     def pieces(self, name: str) -> Iterable[Tensor]:
-        """The floating point entries of all parts: where one is not finite, the weight is not."""
+        """Yields the floating point entries of all parts.
+
+        The weight is not finite where one of these entries is not.
+        """
         parts = self.parts.values()
         return itertools.chain.from_iterable(holder.pieces(entry.name) for holder, entry in parts)
 

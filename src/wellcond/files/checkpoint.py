@@ -1,4 +1,4 @@
-"""The weights of a checkpoint: their names, what they are built from, a copy with other values."""
+"""The weights of a checkpoint: their names, their stored parts, and a copy with other values."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ from wellcond.weights.names import find_non_weights
 from wellcond.weights.quantised import count_logical_entries, read_bits
 from wellcond.weights.reasons import Reason, Skipped
 
-# What names and neighbours say more of than shape and dtype do.
+# Reasons found by shape and dtype, which names and neighbouring tensors make more precise.
 _REFINED = (Reason.packed, Reason.quantised, Reason.scales, Reason.layout)
 _OF_CODES = (Reason.quantised, Reason.scales, Reason.perhaps_codes)
-# What the head of a language model is called.
+# The names of the head of a language model.
 _HEAD = re.compile(r"(head|output|output_layer|embed_out|unembed\w*)\.[^.]+$")
-# Tensors of which there are no values, or not all.
+# Tensors whose values are missing or incomplete, so that no recipe can use them.
 NO_PARTS = (
     *(Reason.slice, Reason.no_values, Reason.not_dense, Reason.array, Reason.tensor_class),
     Reason.undecoded,
@@ -55,13 +55,14 @@ NO_PARTS = (
 
 
 class Checkpoint(Files):
-    """The tensors of a file, of a sharded file, or of all files of a directory.
+    """The tensors of a file, of a sharded checkpoint, or of all files of a directory.
 
-    In several files that no index unites, names begin with that of their file: `step1.pt/0.weight`;
-    those that are damaged are in `damaged`, with the reason. Slices of one tensor have one name: if
-    they make all of it, `where` has the whole; if not, it has the last, and `slices` all. A weight
-    that is built from several tensors is in `where` under the name that it has in a plain
-    checkpoint, and `recipes` says how; `stored` has only what is stored.
+    If there are several files and no index, names begin with the name of the file, such as
+    `step1.pt/0.weight`. `damaged` contains the damaged files, each with the reason. Slices of one
+    tensor have one name: if they tile the tensor, `where` contains the tensor; otherwise `where`
+    contains the last slice, and `slices` all of them. A weight that is built from several tensors
+    is in `where` under the name that it has in a plain checkpoint, and in `recipes`. `stored`
+    contains only stored tensors.
     """
 
     def __init__(self, path: str | os.PathLike[str] | Mapping[str, Tensor]) -> None:
@@ -69,13 +70,13 @@ class Checkpoint(Files):
         self.where: dict[str, tuple[Holder, Entry]] = {}
         self.stored: dict[str, tuple[Holder, Entry]] = {}
         self.recipes: dict[str, Recipe] = {}
-        self.classes: dict[str, TensorClass] = {}  # weights of foreign classes, of several tensors
+        self.classes: dict[str, TensorClass] = {}  # weights that a foreign class stores in parts
         self.overlapping: list[tuple[str, str]] = []
         self.slices: dict[str, list[tuple[TensorFile, Entry]]] = {}
         self._collect()
         refused = self._build()
         empty = not any(entry.matrix for _, entry in self.where.values())
-        known = self.path.is_dir() and not self.slices  # and so there is more to say
+        known = self.path.is_dir() and not self.slices  # a folder whose format may be known
         if empty and known and (other := other_folder(self.path)):
             raise UnreadableError(other)
         self._leave_out()
@@ -109,7 +110,7 @@ class Checkpoint(Files):
                 if entry.skipped is not None and entry.skipped.reason is Reason.slice:
                     self.slices.setdefault(name, []).append((file, entry))
                     continue
-                # Two shards may hold the same name: the index says which one is meant.
+                # Two shards may contain the same name: the index selects one of them.
                 elsewhere = self.index is not None and self.index.get(name, file_name) != file_name
                 taken = elsewhere or prefix + name in self.where
                 self.where[f"{file_name}/{name}" if taken else prefix + name] = file, entry
@@ -121,10 +122,10 @@ class Checkpoint(Files):
         self._join_slices()
 
     def _build(self) -> dict[str, tuple[str, ...]]:
-        """Puts each weight that a recipe builds in the place of its parts.
+        """Replaces the parts of each weight that a recipe builds by the weight.
 
         Returns:
-            By the main part of each weight that cannot be built why, and then the other parts.
+            For the main part of each weight that cannot be built, the reason and the other parts.
         """
         self.stored = stored = dict(self.where)
 
@@ -155,13 +156,13 @@ class Checkpoint(Files):
         return refused
 
     def _explain(self, refused: dict[str, tuple[str, ...]]) -> None:
-        """Says of codes, and of other parts of a weight, why it cannot be built."""
-        if self.of_graph:  # which has said it
+        """States for codes, and for other parts of a weight, why the weight cannot be built."""
+        if self.of_graph:  # the graph has given the reasons
             return
         unknown = "in an unknown layout"
         config = self.beside("config.json")
         if not (find_quantization(config) or config.get("quantization")):
-            unknown = "and no config.json beside it says how"
+            unknown = "and no config.json in the same folder describes the layout"
         reasons = [entry.skipped for _, entry in self.where.values() if entry.skipped]
         scaled = {why.detail for why in reasons if why.reason is Reason.scales}
         for name, (file, entry) in self.where.items():
@@ -182,8 +183,8 @@ class Checkpoint(Files):
                 self.where[part] = file, replace(entry, skipped=known)
 
     def _leave_out(self) -> None:
-        """Finds by their names, and by what is beside them, the tensors that are no weights."""
-        # A head that is tied to an embedding is one, whichever of the names was kept.
+        """Finds the tensors that are not weights, by their names and by neighbouring tensors."""
+        # A head tied to an embedding is an embedding, no matter which of the names was kept.
         self._called = called = {name: name for name in self.where if name not in self._parts}
         for name in list(called):
             for alias in self._aliases(name):
@@ -194,12 +195,12 @@ class Checkpoint(Files):
             name = called[alias]
             file, entry = self.where[name]
             if name in self.recipes and skipped.reason in _OF_CODES:
-                continue  # of another weight in its module, of which the codes are left
+                continue  # the codes belong to another weight of the module
             of_layers = isinstance(file, TensorFile) and file.of_layers
             if of_layers and entry.views is not None and skipped.reason.by_name:
-                continue  # the format knows it better than its name does
+                continue  # the layers of the file are more reliable than the name
             if self.of_graph and skipped.reason is not Reason.constant:
-                continue  # which says itself what a tensor is
+                continue  # the graph defines what a tensor is
             if entry.skipped is None or entry.skipped.reason in _REFINED:
                 detail = skipped.detail or ("" if alias == name else f"tied to {alias}")
                 self.where[name] = file, replace(entry, skipped=replace(skipped, detail=detail))
@@ -214,8 +215,8 @@ class Checkpoint(Files):
                 self.where[name] = file, replace(entry, skipped=skipped)
 
     def _lacks_head(self) -> bool:
-        """Whether a whole language model has no head, though config.json says that it has one."""
-        if not self.path.is_dir() and self.index is None:  # a shard alone lacks much
+        """Returns whether a complete language model lacks the head that config.json requires."""
+        if not self.path.is_dir() and self.index is None:  # one shard lacks many tensors
             return False
         config = self.beside("config.json")
         kinds = config.get("architectures")
@@ -231,7 +232,7 @@ class Checkpoint(Files):
         return embeds and not any(_HEAD.search(name) for name in self.where)
 
     def _join_slices(self) -> None:
-        """Makes one tensor of the slices of each, or says of all of them why not."""
+        """Joins the slices of each tensor, or records why they cannot be joined."""
         slices, self.slices = self.slices, {}
         read = {file.path for file in self.files.values()}
         missing = find_missing_processes(read) if slices else {}
@@ -249,9 +250,9 @@ class Checkpoint(Files):
             self.where[called], self.slices[called] = (file, entry), parts
 
     def _begins_with_codes(self, name: str) -> bool:
-        """Whether the first entries of a tensor are codes: whole numbers, or those of float8."""
+        """Returns whether the first entries of a tensor are integers or numbers of float8."""
         file, entry = self.where[self._called[name]]
-        built = isinstance(file, Built) or entry.stored_as  # of codes, and none itself
+        built = isinstance(file, Built) or entry.stored_as  # already dequantised
         if built or entry.skipped is not None or entry.dtype.startswith("complex"):
             return False
         row = file.first_row(entry.name).float()
@@ -259,7 +260,7 @@ class Checkpoint(Files):
         return bool((row == row.round()).all() or (row == narrow).all())
 
     def _aliases(self, name: str) -> list[str]:
-        """Other names of a tensor."""
+        """Returns the other names of a tensor."""
         _, entry = self.where[name]
         return [name.removesuffix(entry.name) + alias for alias in entry.aliases]
 
@@ -267,15 +268,16 @@ class Checkpoint(Files):
         for name, shard in index.items():
             if name not in self.files[shard].entries:
                 raise UnreadableError(
-                    f"{self.path} says that {name} is in {shard}, where it is not. "
-                    "The shards belong to another checkpoint, or one is incomplete."
+                    f"{self.path} lists {name} in {shard}, but {shard} does not contain it. The "
+                    "shards belong to another checkpoint, or one is incomplete: fetch the index "
+                    "and all shards again."
                 )
 
     @property
     def sizes(self) -> dict[str, int]:
-        """How many entries each parameter has; of a quantised weight those that it stands for.
+        """The number of entries of each parameter; for a quantised weight, after dequantisation.
 
-        Fixed transforms, tables and masks are not parameters, nor are the scales of codes.
+        Fixed transforms, tables and masks are not parameters, and neither are scales of codes.
         """
         bits = read_bits(self.beside("config.json"))
         sizes = {}
@@ -291,7 +293,10 @@ class Checkpoint(Files):
 
     @property
     def constants(self) -> dict[str, int]:
-        """The entries of tensors that are no parameters, but measured by their exact names."""
+        """The number of entries of each tensor that is not a parameter, but can be measured.
+
+        A pattern with its exact name includes such a tensor.
+        """
         return {
             name: entries(entry.shape)
             for name, (_, entry) in self.where.items()
@@ -304,8 +309,10 @@ class Checkpoint(Files):
         return file.read(entry.name)
 
     def matrices(self) -> Iterator[Matrices]:
-        """The tensors that hold matrices, one after the other; embeddings too, which are skipped
-        unless their exact name is asked for."""
+        """Yields the tensors that contain matrices, one after the other.
+
+        These include embeddings, which an audit skips unless a pattern is their exact name.
+        """
         where = {n: found for n, found in self.where.items() if n not in self._parts}
         shapes = {name: entry.shape for name, (_, entry) in where.items()}
         views = find_views_in_file(shapes, self.beside("config.json"))
@@ -337,16 +344,16 @@ class Checkpoint(Files):
             yield one
 
     def skipped(self) -> dict[str, Skipped]:
-        """All others but the parts of weights that are built, and why."""
+        """Returns all other tensors except parts of weights that are built, and the reasons."""
         where = {n: found for n, found in self.where.items() if n not in self._parts}
         entries = {name: entry.skipped for name, (_, entry) in where.items()}
         return {name: why for name, why in entries.items() if why is not None} | self.others
 
     def copy_with(self, change: Callable[[str], Tensor | None], target: Path) -> None:
-        """Writes a copy of all files in which the tensors that `change` returns have new values.
+        """Copies all files, with new values for the tensors that `change` returns.
 
-        A single file becomes a file, a directory or a sharded checkpoint a directory with all that
-        belongs to it. Asks for one tensor after the other.
+        The copy of a single file is a file. The copy of a directory or a sharded checkpoint is a
+        directory with all its files. `change` is called for one tensor after the other.
         """
         with self.copy(target) as write:
             for name, (holder, entry) in self.where.items():
@@ -356,12 +363,12 @@ class Checkpoint(Files):
 
 
 def _names_of_slices(file: TensorFile) -> set[str]:
-    """The tensors of which a file says where they begin in those that they are slices of."""
+    """Returns the tensors that a file declares as slices with known offsets."""
     return {name for name, entry in file.entries.items() if entry.offsets is not None}
 
 
 def _holds_codes(name: str, entry: Entry) -> bool:
-    """Whether its integers are a weight that is quantised."""
+    """Returns whether the integers of a tensor are the codes of a quantised weight."""
     reason = entry.skipped.reason if entry.skipped is not None else None
     packed = reason is Reason.packed and last_part(name) == "weight"
     return reason is Reason.quantised or packed

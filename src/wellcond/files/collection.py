@@ -1,4 +1,4 @@
-"""The files that a checkpoint consists of: one, those that an index names, or those of a folder."""
+"""The files of a checkpoint: one file, the files that an index names, or the files of a folder."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ from wellcond.files.tensors import NoTensorsError, TensorFile, UnreadableError, 
 from wellcond.text import list_some
 from wellcond.weights.reasons import Reason, Skipped
 
-# The readers, one for each format; what several recognise is for the first. Exports and arrays lie
-# beside the weights that they are made of, so a folder is read by the first that finds files in it.
+# The readers, one per format. The first reader that recognises a file reads it. Exports and arrays
+# are often in the folder of the weights that they were made from, so only the first reader that
+# finds files in a folder reads it.
 _OF_TORCH: tuple[type[TensorFile], ...] = (Safetensors, Pickled, Distributed)
 _OF_OTHERS: tuple[type[TensorFile], ...] = (
     *(Script, Exported, Keras, Gguf, Flax, Onnx, Arrays, Array),
@@ -48,21 +49,21 @@ INDEX = ".index.json"
 _ENDINGS = ", ".join(
     (*Safetensors.endings, INDEX, *PICKLED, *(end for one in _OF_OTHERS for end in one.endings))
 )
-_CONFIG = 1 << 20  # bytes; those of large models have some thousand
+_CONFIG = 1 << 20  # bytes; the config of a large model has a few thousand
 _POINTER = b"version https://git-lfs"
-_INDEX = 32 << 20  # bytes; some 25 times that is what Python makes of the worst of it
+_INDEX = 32 << 20  # bytes; Python needs up to about 25 times as much memory to parse it
 
 
 class Files:
-    """All files of a checkpoint, open; or a state dict in memory, as if it were one file.
+    """All files of a checkpoint, or a state dict in memory, which acts as one file.
 
     Attributes:
         name: the path, or "state dict".
-        path: that was given; of a description of torch.distributed.checkpoint its folder.
-        directory: which holds the files, or the one file.
+        path: the given path, or the folder of a given torch.distributed.checkpoint metadata file.
+        directory: the directory that contains the files, or the one file.
         files: the readers, by the names of the files within the directory.
-        index: the file of each tensor, if an index says so.
-        others: files that hold no tensors or are not read, and why.
+        index: the file of each tensor, if there is an index.
+        others: files that contain no tensors or are not read, and why.
         damaged: files of a folder that cannot be read, and why.
     """
 
@@ -72,14 +73,16 @@ class Files:
         self.damaged: dict[str, str] = {}
         self.files: dict[str, TensorFile] = {}
         self.index: dict[str, str] | None = None
-        self._below: Path | None = None  # the folder that holds the weights, if this one does not
-        self._asked: set[Path] = set()  # the files of settings, whether they are there or not
+        self._below: Path | None = None  # the subfolder that contains the weights, if there is one
+        self._asked: set[Path] = set()  # the files of settings, whether they exist or not
         if isinstance(path, Mapping):
             self.name, self.directory = "state dict", NOWHERE
             self.files[""] = Memory(path)
             return
         if not self.path.exists():
-            raise FileNotFoundError(f"{self.path} must be a file or a directory, but is not there.")
+            raise FileNotFoundError(
+                f"{self.path} must be a file or a directory, but does not exist. Check the path."
+            )
         if not self.path.is_dir():
             _check_regular(self.path)
         if self.path.is_file() and Distributed.recognises(self.path):
@@ -89,7 +92,7 @@ class Files:
         self._open_all(self._find())
 
     def _find(self) -> list[str]:
-        """Names of the files, within `self.directory`."""
+        """Returns the names of the files within `self.directory`."""
         path = self.path
         if path.is_dir():
             indices = _find_indices(path)
@@ -110,7 +113,8 @@ class Files:
                 raise UnreadableError(other)
             if not found:
                 raise UnreadableError(
-                    f"{path} must contain checkpoint files, but has none that ends in {_ENDINGS}."
+                    f"{path} must contain checkpoint files, but contains none whose name ends in "
+                    f"{_ENDINGS}. Give the path of a file, or of the folder that contains it."
                 )
         self.others = _find_unread(path)
         return [file.name for file in found]
@@ -118,8 +122,8 @@ class Files:
     def _read_index(self, path: Path) -> list[str]:
         if path.stat().st_size > _INDEX:
             raise UnreadableError(
-                f"{path} must be an index of at most {_INDEX:,} bytes, but has more. "
-                "It is damaged, or something else altogether."
+                f"{path} must be an index of at most {_INDEX:,} bytes, but has more. It is damaged "
+                "or not an index: fetch it again."
             )
         self._index = path
         try:
@@ -129,19 +133,23 @@ class Files:
                 raise TypeError
         except (ValueError, KeyError, TypeError, RecursionError):
             raise UnreadableError(
-                f'{path} must be JSON with a "weight_map" from tensors to files, but is not.'
+                f'{path} must be JSON with a "weight_map" from tensors to files, but is not. It is '
+                "damaged or not an index: fetch it again."
             ) from None
         for shard in shards:
             if Path(shard).name != shard:
-                raise UnreadableError(f"{path} must name files beside it, but names {shard!r}.")
+                raise UnreadableError(
+                    f"{path} must name files in its own folder, but names {shard!r}. Move this "
+                    "file into the folder, and name it there without a path."
+                )
             if not (path.parent / shard).is_file():
                 raise UnreadableError(
-                    f"{path} names {shard}, which is not there. Fetch the missing shard."
+                    f"{path} names {shard}, but this file does not exist. Fetch the missing shard."
                 )
         return shards
 
     def _open_all(self, names: list[str]) -> None:
-        """Opens files, and where none of them has weights those of a folder beside them."""
+        """Opens files; if none of them contains weights, opens those of the subfolder that does."""
         in_folder = self.path.is_dir() and self.index is None
         below = find_below(self.path) if in_folder else []
         for name in names:
@@ -155,7 +163,7 @@ class Files:
         self._unite_parts()
 
     def _unite_parts(self) -> None:
-        """Takes files for one model if they say that they are its parts; names missing parts."""
+        """Treats files that declare themselves parts of one model as one; finds missing parts."""
         parts = {file.part for file in self.files.values()}
         counts = {count for _, count in parts}
         if self.index is not None or len(parts) < len(self.files) or len(counts) != 1:
@@ -176,8 +184,8 @@ class Files:
             with path.open("rb") as file:
                 if file.read(len(_POINTER)) == _POINTER:
                     raise UnreadableError(
-                        f"{path} is a pointer of Git LFS, and not the file that it stands for. "
-                        "Fetch that with `git lfs pull`."
+                        f"{path} must be a checkpoint file, but is a Git LFS pointer. Fetch the "
+                        "file with `git lfs pull`."
                     )
             self.files[name] = _reader_of(path)(path)
         except (UnreadableError, OSError) as raised:
@@ -195,13 +203,13 @@ class Files:
 
     @property
     def of_graph(self) -> bool:
-        """Whether its tensors are those of a graph; see `TensorFile.of_graph`."""
+        """Whether the tensors belong to a graph; see `TensorFile.of_graph`."""
         return any(file.of_graph for file in self.files.values())
 
     def beside(self, name: str) -> dict[str, Any]:
-        """The content of the JSON file of this name beside the checkpoint; {} without one.
+        """Returns the content of the JSON file of this name in the folder, or {} without one.
 
-        What files say themselves stands in for config.json, unless they differ.
+        Settings that the checkpoint files contain themselves replace config.json, if they agree.
         """
         own = [file.settings for file in self.files.values() if file.settings]
         if own and name == "config.json":
@@ -219,7 +227,7 @@ class Files:
         return config if isinstance(config, dict) else {}
 
     def states(self) -> dict[str, list[int]]:
-        """Size and time in ns of each file that was read so far; [] of settings not there."""
+        """Returns size and time in ns of each file read; [] for settings that do not exist."""
         paths = {path for file in self.files.values() for path in file.paths} | self._asked
         if self.index is not None:
             paths.add(self._index)
@@ -231,7 +239,7 @@ class Files:
 
     @contextlib.contextmanager
     def copy(self, target: Path) -> Iterator[dict[TensorFile, Write]]:
-        """Writes a copy of all files, and gives a function per file that changes tensors in it."""
+        """Copies all files, and yields one function per file that changes tensors in the copy."""
         alone = self.path.is_file() and self.index is None
         if not alone:
             target.mkdir()
@@ -245,12 +253,12 @@ class Files:
                 file: copies.enter_context(file.copy(target if alone else target / name))
                 for name, file in self.files.items()
             }
-        if self.path.is_dir():  # its owner must be able to rename it
+        if self.path.is_dir():  # the owner must be able to rename the copy
             target.chmod(stat.S_IMODE(self.path.stat().st_mode) | stat.S_IRWXU)
 
 
 def _find_indices(directory: Path) -> list[Path]:
-    """The indices of the shards in a directory, of the format that is read."""
+    """Returns the index files in a directory whose shards have the format that is read."""
     found = sorted(directory.glob(f"*{INDEX}"))
     if first := [one for one in found if one.name.endswith(f"{Safetensors.endings[0]}{INDEX}")]:
         return first
@@ -262,7 +270,7 @@ def _find_indices(directory: Path) -> list[Path]:
 
 
 def _find_unread(directory: Path) -> dict[str, Skipped]:
-    """The files of other formats in a directory."""
+    """Returns the files in a directory whose format is not read there."""
     parts = PARTS if find_descriptions(directory) else ()
     files = [path for path in sorted(directory.iterdir()) if not path.name.endswith(parts)]
     called, read = _names_of(files), {*_weight_files(directory)}
@@ -279,14 +287,14 @@ def _find_unread(directory: Path) -> dict[str, Skipped]:
 def _weight_files(directory: Path) -> list[Path]:
     files = _names_of(path for path in sorted(directory.iterdir()) if not path.is_dir())
     named = [path for reader in _OF_TORCH for path in _files_of(reader, files)]
-    named += find_descriptions(directory)[:1]  # which has those of other processes beside it
+    named += find_descriptions(directory)[:1]  # its reader finds those of other processes
     if named or find_below(directory):
         return named
     return next(filter(None, (_files_of(reader, files) for reader in _OF_OTHERS)), [])
 
 
 def _names_of(files: Iterable[Path]) -> dict[Path, str]:
-    """The names of files; of a program that is called as weights are only the true ending."""
+    """Returns the names of files; for a program named like weights, only its true ending."""
     names = {path: path.name.lower() for path in files}
     for path, name in names.items():
         if name.endswith(PICKLED) and path.is_file():
@@ -297,12 +305,12 @@ def _names_of(files: Iterable[Path]) -> dict[Path, str]:
 
 
 def _files_of(reader: type[TensorFile], files: Mapping[Path, str]) -> list[Path]:
-    """Those of the files of which the names end as this reader has it."""
+    """Returns the files whose names have an ending of this reader."""
     return [path for path, name in files.items() if name.endswith(reader.endings)]
 
 
 def is_of_torch(path: Path) -> bool:
-    """Whether a file is one of torch or safetensors; also a folder, or one that is not there."""
+    """Returns whether a path is a torch or safetensors file, a folder, or does not exist."""
     if not path.is_file() or path.name.endswith(INDEX):
         return True
     ending = ending_of(path).lower()
@@ -310,7 +318,7 @@ def is_of_torch(path: Path) -> bool:
 
 
 def _reader_of(path: Path) -> type[TensorFile]:
-    """The reader of a file: by its content, or else by the ending of its name."""
+    """Returns the reader of a file: by its content, or else by the ending of its name."""
     ending = ending_of(path)
     for reader in READERS:
         if ending.lower().endswith(reader.endings):
@@ -322,29 +330,40 @@ def _reader_of(path: Path) -> type[TensorFile]:
             return reader
     if is_pickle(path):
         return Pickled
-    raise UnreadableError(f"{path} must end in {_ENDINGS}, but does not.")
+    raise UnreadableError(
+        f"{path} must end in {_ENDINGS}, but does not, and its content is not in any of these "
+        "formats. Give the path of a checkpoint."
+    )
 
 
 def _check_regular(path: Path) -> None:
-    """Raises for a pipe or a device, which could be read for ever."""
+    """Raises for a pipe or a device, which could provide bytes without end."""
     if not path.exists() and path.is_symlink():
-        raise UnreadableError(f"{path} is a link that leads nowhere. Fetch the file it stands for.")
+        raise UnreadableError(
+            f"{path} must be a file, but is a broken link. Fetch the file that it refers to."
+        )
     if path.exists() and not path.is_file():
-        raise UnreadableError(f"{path} must be a file, but is a pipe, a socket or a device.")
+        raise UnreadableError(
+            f"{path} must be a file, but is a pipe, a socket or a device. Save its content as a "
+            "file."
+        )
 
 
 def _copy(path: Path, target: Path, without: set[Path], above: tuple[Path, ...]) -> None:
-    """A copy with its mode; of a directory all in it, of a link that leads nowhere the link."""
+    """Copies a file or a directory with its mode; copies a broken link as a link."""
     if path.is_dir():
         real = path.resolve()
         if real in above:
-            raise UnreadableError(f"{path} leads in a circle, to {real}. Remove that link.")
+            raise UnreadableError(
+                f"{path} cannot be copied: it is a link to {real}, which contains it. Remove the "
+                "link."
+            )
         target.mkdir()
         inside = list(path.iterdir())
         for one in inside:
             if one not in without:
                 _copy(one, target / one.name, without, (*above, real))
-        writable = 0 if without.isdisjoint(inside) else stat.S_IRWXU  # by what comes later
+        writable = 0 if without.isdisjoint(inside) else stat.S_IRWXU  # readers still add files
         target.chmod(stat.S_IMODE(path.stat().st_mode) | writable)
         return
     there = path.exists()

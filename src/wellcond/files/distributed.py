@@ -1,8 +1,8 @@
-"""A folder of torch.distributed.checkpoint: whole tensors, of chunks in the files of processes.
+"""A folder of torch.distributed.checkpoint: tensors whose chunks are in the files of processes.
 
-`.metadata` is a pickle that says which chunks tile each tensor, and where in the files beside it
-each is: as a file of torch.save of its own. Without a coordinator each process writes its own
-description of its own chunks, `__0.metadata`.
+`.metadata` is a pickle that describes which chunks tile each tensor, and where each chunk is in the
+files of the same folder. Each chunk has the format of a torch.save file. Without a coordinator,
+each process describes its own chunks in a file such as `__0.metadata`.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from wellcond.weights.reasons import Reason, Skipped
 METADATA, PARTS = ".metadata", ".distcp"
 _OF_PROCESS = re.compile(r"__\d+\.metadata")
 _OPTIMIZER = re.compile(r"(optim|optimizers?)(_\d+)?\.")
-_KIND = "description of a checkpoint of torch.distributed.checkpoint"
-_PART = "part of a checkpoint of torch.distributed.checkpoint"
+_KIND = "metadata file of torch.distributed.checkpoint"
+_PART = "shard of torch.distributed.checkpoint"
 _SETTINGS = 1 << 16  # bytes that are read of metadata.json
-_ONLY = "tensor"  # the name of a tensor that is all that a file holds
+_ONLY = "tensor"  # the name of the only tensor in a file
 
 
 class Stored(NamedTuple):
-    """Where a chunk is stored: in bytes of a file beside the description."""
+    """Where a chunk is stored: a range of bytes of a file in the folder."""
 
     file: str
     start: int
@@ -56,7 +56,7 @@ class Stored(NamedTuple):
 
 
 class Described:
-    """What the descriptions say of one tensor: by their boxes where its chunks are stored."""
+    """A tensor in the metadata: its shape, its dtype, and the places of its chunks by box."""
 
     def __init__(self, shape: Sides, dtype: torch.dtype) -> None:
         self.shape, self.dtype = shape, dtype
@@ -64,7 +64,7 @@ class Described:
 
 
 class Distributed(TensorFile):
-    """The tensors of a folder; `path` is its first description."""
+    """The tensors of a folder; `path` is its first metadata file."""
 
     endings = ()
 
@@ -93,12 +93,17 @@ class Distributed(TensorFile):
             else:
                 self._add(name, tensor)
         if not described:
-            raise NoTensorsError(f"{path} must describe tensors, but describes none.")
+            raise NoTensorsError(
+                f"{path} must describe tensors, but describes none. Give the folder of the weights "
+                "of the model."
+            )
 
     def _add(self, name: str, tensor: Described) -> None:
         with errors_as_damage(self.path, _KIND):
             if why := explain_misfit(list(tensor.chunks), tensor.shape):
-                raise DamagedError(f"the chunks of {name} do not make its {tensor.shape}: {why}")
+                raise DamagedError(
+                    f"the chunks of {name} do not tile its shape {tensor.shape}: {why}"
+                )
         skipped = explain_non_weight(tensor.shape, dtype := str(tensor.dtype)[6:])
         slices = []
         for (offsets, shape), places in tensor.chunks.items():
@@ -119,7 +124,7 @@ class Distributed(TensorFile):
         if entry is None:
             _refuse_safetensors(path)
             raise damaged(
-                path, _PART, f"what it holds of {name} at byte {place.start:,} is not a tensor"
+                path, _PART, f"the bytes of {name} at byte {place.start:,} are not a tensor"
             )
         written = str(dtype)[6:]
         if not chunk.foreign and (entry.shape, entry.dtype) != (shape, written):
@@ -159,22 +164,24 @@ class Distributed(TensorFile):
             shutil.copymode(path, target.parent / path.name)
         for path, state in zip(self.paths, self._states, strict=True):
             if _state_of_file(path) != state:
-                raise UnreadableError(f"{path} has changed while it was read.")
+                raise UnreadableError(
+                    f"{path} has changed while it was read. Try again when no program writes to it."
+                )
 
 
 class _Chunk(Pickled):
-    """A chunk: a file of torch.save within another."""
+    """A chunk: a torch.save file within another file."""
 
     @property
     def foreign(self) -> Skipped | None:
-        """Why its values are not those that its shape and dtype say; None if they are."""
+        """Why the chunk is not a plain dense tensor; None if it is one."""
         skipped = self.entries[_ONLY].skipped
         plain = isinstance(self._tensors[_ONLY], StoredTensor)
         repeats = skipped is not None and skipped.reason is Reason.not_dense
         return skipped if repeats or not plain else None
 
     def overwrite(self, target: Path, new: Tensor) -> None:
-        """Gives it new values in a copy of the file."""
+        """Overwrites the chunk in a copy of the file."""
         key = self._overwrite(target, _ONLY, new, self._storages)
         refresh_checksums(replace(self._extent, path=target), [key])
 
@@ -185,7 +192,7 @@ def _state_of_file(path: Path) -> tuple[int, int]:
 
 
 def find_descriptions(folder: Path) -> list[Path]:
-    """The descriptions of the checkpoint in a folder: the one of all processes, or one of each."""
+    """Returns the metadata files of a folder: one of all processes, or one per process."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
     if not any(path.name.endswith(PARTS) for path in files):
         return []
@@ -193,11 +200,11 @@ def find_descriptions(folder: Path) -> list[Path]:
     return whole or [path for path in files if _OF_PROCESS.fullmatch(path.name)]
 
 
-# --- the description ------------------------------------------------------------------------------
+# --- the metadata ---------------------------------------------------------------------------------
 
 
 def _read_description(path: Path, described: dict[str, Described]) -> list[str]:
-    """Adds what a description says of tensors, and returns all names, also those of no tensor."""
+    """Adds the tensors of a metadata file; returns all names, including those of other objects."""
     with path.open("rb") as file:
         content = Unpickler(file).load()
     about = _state_of(content, "Metadata")
@@ -215,7 +222,7 @@ def _read_description(path: Path, described: dict[str, Described]) -> list[str]:
         if not (isinstance(name, str) and is_shape(shape) and isinstance(chunks, list) and dtype):
             raise DamagedError("a tensor must have a name, a shape, a dtype and chunks")
         listed += len(chunks)
-        if listed > stored:  # of one list in many places
+        if listed > stored:  # a pickle can contain one list in many places
             raise DamagedError(f"it lists more chunks than the {stored:,} that are stored")
         tensor = described.setdefault(name, Described(shape, dtype))
         if (tensor.shape, tensor.dtype) != (shape, dtype):
@@ -226,7 +233,7 @@ def _read_description(path: Path, described: dict[str, Described]) -> list[str]:
             if not (is_shape(offsets) and is_shape(sizes)):
                 raise DamagedError(f"a chunk of {name} must have offsets and sizes")
             if not len(offsets) == len(sizes) == len(shape):
-                raise DamagedError(f"a chunk of {name} must have {len(shape)} sides")
+                raise DamagedError(f"a chunk of {name} must have {len(shape)} dimensions")
             place = places.pop((name, offsets), None)
             if place is None:
                 raise DamagedError(f"a chunk of {name} at {offsets} is listed, but not stored")
@@ -235,15 +242,15 @@ def _read_description(path: Path, described: dict[str, Described]) -> list[str]:
 
 
 def _read_places(path: Path, storage: Any) -> dict[tuple[str, Sides], Stored]:
-    """Where the chunks are stored, by the names of their tensors and their offsets."""
+    """Returns where the chunks are stored, by the names of their tensors and their offsets."""
     if not isinstance(storage, dict):
-        raise DamagedError("it does not say where chunks are stored")
+        raise DamagedError("it does not state where chunks are stored")
     places: dict[tuple[str, Sides], Stored] = {}
     for key, value in storage.items():
         index = _state_of(key.key if isinstance(key, OtherKey) else key, "MetadataIndex")
         about = _state_of(value, "_StorageInfo")
         name, offsets = index.get("fqn"), index.get("offset")
-        if offsets is None:  # no tensor
+        if offsets is None:  # not a tensor
             continue
         if not (isinstance(name, str) and is_shape(offsets)):
             raise DamagedError("a chunk must belong to a tensor, and have offsets")
@@ -253,45 +260,48 @@ def _read_places(path: Path, storage: Any) -> dict[tuple[str, Sides], Stored]:
         if changes:
             known = isinstance(changes, list) and all(isinstance(one, str) for one in changes)
             raise UnreadableError(
-                f"{path} must say that its chunks are stored as torch.save writes them, but "
-                f"they are {list_some(changes if known else ['changed'], limit=2)}. Load it by "
-                "torch.distributed.checkpoint, and save it without extensions."
+                f"{path} must describe chunks that are stored as torch.save writes them, but its "
+                f"chunks are transformed: {list_some(changes if known else ['changed'], limit=2)}. "
+                "Load it with torch.distributed.checkpoint, and save it without extensions."
             )
         file, *numbers = (about.get(key) for key in ("relative_path", "offset", "length"))
         if not isinstance(file, str) or not is_shape((*numbers,)):
             raise DamagedError(f"a chunk of {name} must have a file and a place in it")
         if not file or Path(file).name != file or file == ".." or "\0" in file:
-            raise DamagedError(f"it must name files beside it, but names {escape(file[:200])}")
+            raise DamagedError(
+                f"it must name files in its own folder, but names {escape(file[:200])}"
+            )
         places[name, offsets] = Stored(file, *numbers)
     return places
 
 
 def _is(one: Any, kind: str) -> TypeGuard[Foreign]:
-    """Whether it stands for an object of this class of torch."""
+    """Returns whether `one` represents an object of this torch class."""
     known = isinstance(one, Foreign) and one.kind.startswith("torch.distributed.")
     return known and one.name == kind
 
 
 def _state_of(one: Any, kind: str) -> Any:
-    """The attributes of an object of this class; no copy, because many objects may share them."""
+    """Returns the attributes of an object of this class, uncopied: many objects may share them."""
     if not _is(one, kind) or not isinstance(one.state, Mapping):
         found = one.kind if isinstance(one, Foreign) else type(one).__name__
-        raise DamagedError(f"it must hold a {kind}, but holds {escape(found)}")
+        raise DamagedError(f"it must contain a {kind}, but contains {escape(found)}")
     return one.state
 
 
 def _dtype_of(properties: Any) -> torch.dtype | None:
-    """The dtype in the properties of a tensor, the first of those that are saved as a tuple."""
+    """Returns the dtype in the properties of a tensor, the first entry of the saved tuple."""
     if not _is(properties, "TensorProperties") or not isinstance(properties.state, tuple):
         return None
     return next((one for one in properties.state[:1] if isinstance(one, torch.dtype)), None)
 
 
 def _check_places(folder: Path, described: Mapping[str, Described]) -> list[Path]:
-    """The files that hold chunks, each of which has bytes of its own.
+    """Returns the files that contain chunks, after checking that no two chunks share bytes.
 
     Raises:
-        UnreadableError: a file is not there, or is too short, or two chunks share bytes.
+        UnreadableError: a file does not exist or is too short.
+        DamagedError: two chunks share bytes.
     """
     places: dict[str, list[tuple[int, int]]] = {}
     for tensor in described.values():
@@ -302,7 +312,8 @@ def _check_places(folder: Path, described: Mapping[str, Described]) -> list[Path
     for path in files:
         if not path.is_file():
             raise UnreadableError(
-                f"{folder / METADATA} names {escape(path.name)}, which is not there. Fetch it."
+                f"{folder / METADATA} names {escape(path.name)}, but this file does not exist. "
+                "Fetch it."
             )
         size, end = path.stat().st_size, 0
         for start, length in sorted(places[path.name]):
@@ -312,39 +323,40 @@ def _check_places(folder: Path, described: Mapping[str, Described]) -> list[Path
             end = start + length
         if end > size:
             _refuse_safetensors(path)
-            raise damaged(path, _PART, f"it must hold {end:,} bytes, but holds {size:,}")
+            raise damaged(path, _PART, f"it must contain {end:,} bytes, but contains {size:,}")
     return files
 
 
 def _refuse_megatron(folder: Path) -> None:
-    """Raises for a checkpoint of Megatron Core, which orders layers and rows in its own way."""
+    """Raises for a checkpoint of Megatron Core, which has its own order of layers and rows."""
     path = folder / "metadata.json"
     if not path.is_file():
         return
     with path.open("rb") as file:
         if b'"sharded_backend"' in file.read(_SETTINGS):
             raise UnreadableError(
-                f"{folder} must hold tensors as layers have them, but is a checkpoint of Megatron "
-                "Core, which stacks layers and orders the rows of fused weights in its own way. "
-                "Export it to the format of transformers with the tool that wrote it."
+                f"{folder} must contain one tensor per weight, but is a Megatron Core checkpoint, "
+                "which stacks layers and has its own order of the rows of fused weights. Export it "
+                "to the format of transformers with the tool that wrote it."
             )
 
 
 def _refuse_safetensors(path: Path) -> None:
-    """Raises if a part is a safetensors file, the description of which does not fit."""
+    """Raises if a shard is a safetensors file, which does not fit the metadata."""
     with path.open("rb") as file:
         if file.read(9)[8:] == b"{":
             raise UnreadableError(
-                f"{path} must hold chunks as torch.save writes them, but is a safetensors file. "
-                "Copy it and its like into another folder, with names that end in .safetensors, "
-                "and give that folder."
+                f"{path} must contain chunks as torch.save writes them, but is a safetensors file. "
+                "Copy all such files into another folder, with names that end in .safetensors, and "
+                "give the path of that folder."
             )
 
 
 def _find_states(names: Sequence[str]) -> dict[str, tuple[str, Reason]]:
-    """Which names belong to the state of an optimizer or a Regularizer, and what that is called.
+    """Finds the names that belong to the state of an optimizer or Regularizer, with its name.
 
-    As in a file of torch.save, where a dict is known by its keys; here they are parts of names.
+    In a torch.save file, the keys of a dict identify such a state. Here, the keys are parts of
+    names.
     """
     matches = [match for name in names if (match := _OPTIMIZER.match(name))]
     found = {match.string: (match[0][:-1], Reason.optimizer) for match in matches}
@@ -358,6 +370,6 @@ def _find_states(names: Sequence[str]) -> dict[str, tuple[str, Reason]]:
 
 
 def _before(name: str, key: str) -> str | None:
-    """The part of a name before a key, the dots of which it is between; None without the key."""
+    """Returns the part of a name before a key between dots; None if the name lacks the key."""
     before, found, _ = f".{name}.".partition(f".{key}.")
     return before[1:] if found else None

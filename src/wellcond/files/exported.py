@@ -1,8 +1,8 @@
-"""A program of torch.export, as torch.export.save writes it, read for its tensors; nothing runs.
+"""Reads the tensors of a torch.export program, as torch.export.save writes it, without running it.
 
-Since torch 2.9 JSON says of each tensor in which record it lies, its strides, and whether it is a
-parameter. Before, a state dict of torch.save lies in the archive, and the signature of the program
-names the parameters.
+Since torch 2.9, JSON describes the record and the strides of each tensor, and whether it is a
+parameter. Before, the archive contains a torch.save file with a state dict, and the signature of
+the program names the parameters.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from wellcond.files.nested import tensors_in
 from wellcond.files.stored import Described, StoredFile, describe_tensors, leave_out, mark_shared
 from wellcond.files.tensors import DamagedError, NoTensorsError, UnreadableError
 
-_KIND = "program of torch.export"
+_KIND = "torch.export program"
 _LOAD = "torch.save(torch.export.load(path).state_dict, other)"
 _CONFIG = re.compile(r"data/(weights|constants)/(.+)_\1_config\.json")
 _STATE = re.compile(r"data/weights/(.+)\.pt")  # of torch 2.8
-# Of torch before 2.8, in which no folder is around the records.
+# The records of torch before 2.8, which are in no folder.
 FLAT = ("serialized_state_dict.pt", "serialized_exported_program.json")
-_JSON = 32 << 20  # bytes; some 25 times that is what Python makes of the worst of it
+_JSON = 32 << 20  # bytes; Python needs up to about 25 times as much memory to parse it
 _STRIDED = 7
 _DTYPES = {
     **{1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float16", 7: "float32"},
@@ -47,21 +47,24 @@ _DTYPES = {
 
 
 class Exported(StoredFile):
-    """One program of torch.export. Names are those of its state dict, and of its constants."""
+    """One torch.export program. Names are those of its state dict and its constants."""
 
     endings = (".pt2",)
     kind = f"a {_KIND}"
-    not_copied = f"it is a program, which is not written. Repair its weights: {_LOAD}"
+    not_copied = f"wellcond does not write programs. Repair its weights: {_LOAD}"
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self._tensors, self._storages = {}, {}
-        self._parameters: set[str] = set()  # empty if it is not known what is one
+        self._parameters: set[str] = set()  # empty if the parameters are unknown
         self._constants: set[str] = set()
-        with errors_as_damage(path, _KIND, "its weights are not described as torch.export does"):
+        with errors_as_damage(path, _KIND, "torch.export does not describe weights like this"):
             self._load(Extent.whole(path))
         if not self._tensors:
-            raise NoTensorsError(f"{path} must hold tensors, but is a program without any.")
+            raise NoTensorsError(
+                f"{path} must contain tensors, but is a program without any. Audit the checkpoint "
+                "that was exported."
+            )
         self.entries = describe_tensors(self._tensors)
         self._leave_out_parts()
         for name, entry in self.entries.items():
@@ -92,8 +95,8 @@ class Exported(StoredFile):
                 return
             if not described:
                 raise UnreadableError(
-                    f"{self.path} must hold weights in data/weights, but holds none there: a "
-                    f"compiled program has them in its code. {what}"
+                    f"{self.path} must contain weights in data/weights, but contains none there. "
+                    f"The code of a compiled program contains them instead. {what}"
                 )
             several = len({found[2] for found in configs}) > 1
             for found in configs:
@@ -101,9 +104,9 @@ class Exported(StoredFile):
                 self._load_config(records, found[0], f"data/{found[1]}", prefix)
 
     def _load_config(self, records: Records, name: str, folder: str, prefix: str) -> None:
-        """Adds the tensors that JSON describes."""
+        """Adds the tensors that a JSON record describes."""
         for key, payload in _parse(records, name)["config"].items():
-            if payload["tensor_meta"] is None:  # no tensor, but an object
+            if payload["tensor_meta"] is None:  # an object that is not a tensor
                 continue
             own = prefix + key
             if own in self._tensors:
@@ -123,7 +126,7 @@ class Exported(StoredFile):
 
 
 def _find_flat(whole: Extent) -> tuple[Extent, bytes] | None:
-    """The state dict and the description in an archive without a folder; None of any other."""
+    """Returns state dict and description of an archive without folders, or None for another."""
     with zipfile.ZipFile(whole.path) as archive:
         infos = archive.infolist()
         names = [info.filename for info in infos]
@@ -142,11 +145,11 @@ def _find_flat(whole: Extent) -> tuple[Extent, bytes] | None:
 
 
 def _check_uncompressed(path: Path, compressed: bool) -> None:
-    """Raises for an archive within one that is compressed, and so has no place in the file."""
+    """Raises for a compressed archive within an archive, which cannot be read by offset."""
     if compressed:
         raise UnreadableError(
-            f"{path} must hold its weights uncompressed, as torch.export.save writes them, but "
-            f"holds them compressed. Save them: {_LOAD}."
+            f"{path} must store its weights uncompressed, as torch.export.save writes them, but "
+            f"stores them compressed. Save them: {_LOAD}."
         )
 
 
@@ -157,7 +160,7 @@ def _parse(records: Records, name: str) -> Any:
 
 
 def _parameters_in(description: Any) -> Iterator[str]:
-    """The parameters that the signature of a program names."""
+    """Yields the parameters that the signature of a program names."""
     specs = description["graph_module"]["signature"]["input_specs"] if description else []
     for one in specs:
         if isinstance(one.get("parameter"), Mapping):
@@ -165,7 +168,7 @@ def _parameters_in(description: Any) -> Iterator[str]:
 
 
 def _describe(records: Records, folder: str, payload: Mapping[str, Any]) -> Described:
-    """The tensor that JSON describes."""
+    """Returns the tensor that a JSON payload describes."""
     meta, record = payload["tensor_meta"], f"{folder}/{payload['path_name']}"
     dtype = getattr(torch, _DTYPES.get(meta["dtype"], ""), None)
     shape, stride = (tuple(one["as_int"] for one in meta[key]) for key in ("sizes", "strides"))
@@ -176,9 +179,9 @@ def _describe(records: Records, folder: str, payload: Mapping[str, Any]) -> Desc
     if payload["use_pickle"] or meta["layout"] != _STRIDED:
         return ForeignTensor("torch.Tensor", shape=shape, dtype=dtype)
     size = records.size(record)
-    if not size and 0 not in shape:  # as of tensors that were exported without values
+    if not size and 0 not in shape:  # exported without values
         return ForeignTensor("meta", shape=shape, dtype=dtype)
     if size % dtype.itemsize:
-        raise DamagedError("the length of a storage is not that of its tensors")
+        raise DamagedError("the length of a storage differs from that of its tensors")
     storage = Storage(record.lower(), dtype, 0, size)
     return rebuild_tensor(storage, meta["storage_offset"]["as_int"], shape, stride)

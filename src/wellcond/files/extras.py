@@ -1,4 +1,4 @@
-"""Packages that read other formats, imported when a file of theirs is opened."""
+"""Imports the packages that read other formats, when such a file is opened."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from wellcond.files.tensors import UnreadableError
 
 
 def import_extra(module: str, path: Path, kind: str) -> Any:
-    """The module of a package that an extra of the same name installs.
+    """Imports a module of a package that an extra of the same name installs.
 
     Args:
-        module: its full name, which begins with that of the package and of the extra.
-        path: the file that needs it. kind: what that is, such as "a GGUF file".
+        module: the full name of the module, which begins with the name of the package and extra.
+        path: the file that requires the package.
+        kind: what the file is, such as "a GGUF file".
 
     Raises:
         UnreadableError: the package is not installed.
@@ -24,6 +25,6 @@ def import_extra(module: str, path: Path, kind: str) -> Any:
     except ImportError as error:
         extra = module.partition(".")[0]
         raise UnreadableError(
-            f"{path} is {kind}, for which the package {extra} must be installed, but is not "
+            f"{path} is {kind}, which requires the package {extra}, but {extra} cannot be imported "
             f"({error}). Run `pip install {extra}`."
         ) from None

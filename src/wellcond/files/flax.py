@@ -1,7 +1,8 @@
-"""What flax.serialization writes: nested maps of msgpack, and in them arrays, read without Flax.
+"""Reads files of flax.serialization, nested msgpack maps that contain arrays, without Flax.
 
-An array is an extension type, which holds again shape, dtype and entries; one above a gigabyte is a
-map of such. A name is that of all maps around an array, `params/Dense_0/kernel`.
+An array is an extension type, which contains shape, dtype and entries in msgpack again. An array
+above 1 GB is a map of several arrays. The name of an array consists of the keys of all maps around
+it, such as `params/Dense_0/kernel`.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from wellcond.files.tensors import (
 )
 from wellcond.weights.reasons import Reason, Skipped
 
-_KIND = "msgpack file of Flax"
-_NOT_WHOLE = "its contents do not fit together"
+_KIND = "Flax msgpack file"
+_NOT_WHOLE = "its contents are inconsistent"
 _ARRAY = 1  # the extension type
 _CHUNKED = "__msgpack_chunked_array__"
 _DTYPES = (
@@ -38,8 +39,8 @@ _DTYPES = (
     *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
     *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"),
 )
-# What holds the state of an optimizer: a field of a TrainState, a part of an old flax.optim, and of
-# optax.adam, which may be saved by itself.
+# Keys of the state of an optimizer: a field of a TrainState, a part of the old flax.optim, and the
+# keys of optax.adam, whose state may be saved separately.
 _OPTIMIZER = ("opt_state", "opt_states", "optimizer_state", "param_states")
 _ADAM = {"count", "mu", "nu"}
 _STATISTICS = "batch_stats"
@@ -47,7 +48,7 @@ _STATISTICS = "batch_stats"
 
 @dataclass(frozen=True)
 class _Stored:
-    """An array: its dtype as Flax calls it, and where its entries lie, in order."""
+    """An array: its dtype in Flax, and the places of its entries, in order."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -55,7 +56,7 @@ class _Stored:
 
     @property
     def known(self) -> torch.dtype | None:
-        """The dtype; None of one that torch lacks."""
+        """The dtype; None if torch lacks it."""
         return getattr(torch, self.dtype, None) if self.dtype in _DTYPES else None
 
 
@@ -63,9 +64,9 @@ class Flax(TensorFile):
     """A file of flax.serialization.to_bytes, such as flax_model.msgpack."""
 
     endings = (".msgpack",)
-    kind = "a msgpack file of Flax"
+    kind = "a Flax msgpack file"
     not_copied = (
-        "it is a msgpack file of Flax, which is only read; save its arrays as safetensors: "
+        "it is a Flax msgpack file, which wellcond only reads; save its arrays as safetensors: "
         "safetensors.numpy.save_file({n: a for n, a in flax.traverse_util.flatten_dict("
         "flax.serialization.msgpack_restore(open(path, 'rb').read()), sep='/').items() "
         "if hasattr(a, 'shape') and not n.startswith('opt_state')}, other)"
@@ -83,14 +84,14 @@ class Flax(TensorFile):
         if not self.entries:
             found = "only the state of an optimizer" if self.others else "none"
             raise NoTensorsError(
-                f"{path} must hold arrays, as flax.serialization.to_bytes writes them, but holds "
-                f"{found}. Save the parameters: flax.serialization.to_bytes(params)."
+                f"{path} must contain arrays, as flax.serialization.to_bytes writes them, but "
+                f"contains {found}. Save the parameters: flax.serialization.to_bytes(params)."
             )
         self._leave_out_guesses()
 
     @classmethod
     def recognises(cls, path: Path) -> bool:
-        """Checkpoints of flax.training have no ending: checkpoint_100."""
+        """Recognises checkpoints of flax.training, which have no ending, such as checkpoint_100."""
         try:
             return bool(cls(path).entries)
         except ValueError:
@@ -140,11 +141,11 @@ class Flax(TensorFile):
                     yield from pieces_of(piece)
 
     def _read_entries(self, name: str, first: int, last: int) -> Tensor:
-        """So many entries, in the order of the file."""
+        """Reads the entries from `first` to `last`, in the order of the file."""
         array = self._stored[name]
         dtype = array.known or torch.uint8
         start, stop, at = first * dtype.itemsize, last * dtype.itemsize, 0
-        if start == stop:  # of which `frombuffer` makes nothing
+        if start == stop:  # `frombuffer` refuses an empty buffer
             return torch.empty(0, dtype=dtype, device="cpu")
         buffer = memoryview(self._memory_for(stop - start, name))
         with self._open() as file:
@@ -166,12 +167,12 @@ def _read_array(unpacker: Unpacker, value: Bytes) -> _Stored:
         case _:
             raise DamagedError("an array has no shape, dtype or entries")
     if array.known is not None and place.size != math.prod(array.shape) * array.known.itemsize:
-        raise DamagedError("the size of an array is not that of its entries")
+        raise DamagedError("the size of an array differs from that of its entries")
     return array
 
 
 def _join(unpacker: Unpacker, value: dict[str, Any]) -> _Stored:
-    """An array that is written in several, each of one axis."""
+    """Joins an array that is written in chunks of one axis."""
     match value:
         case {"shape": dict(sides), "chunks": dict(chunks)}:
             shape = _as_shape([sides.get(str(number)) for number in range(len(sides))])
@@ -181,7 +182,7 @@ def _join(unpacker: Unpacker, value: dict[str, Any]) -> _Stored:
     parts = [_read_array(unpacker, chunk) for chunk in found if isinstance(chunk, Bytes)]
     sizes, dtypes = [math.prod(part.shape) for part in parts], {part.dtype for part in parts}
     if len(parts) != len(found) or len(dtypes) != 1 or sum(sizes) != math.prod(shape):
-        raise DamagedError("the chunks of an array do not make it")
+        raise DamagedError("the chunks of an array differ from it in dtype or number of entries")
     return _Stored(shape, dtypes.pop(), tuple(part.places[0] for part in parts))
 
 

@@ -1,4 +1,4 @@
-"""Folders in a folder that holds no weights itself, as trainers write them, of which one does."""
+"""Finds the checkpoint below a folder that contains no weights itself, as trainers write it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from wellcond.files.distributed import find_descriptions
 from wellcond.files.tensors import UnreadableError
 from wellcond.text import list_some
 
-_STEP = "global_step"  # of DeepSpeed
-_LATEST = "latest"  # names the last of these
+_STEP = "global_step"  # DeepSpeed writes one folder per saved step
+_LATEST = "latest"  # the file with the name of the last of these folders
 _NAME = 255  # bytes
 
 
 def find_below(folder: Path) -> list[Path]:
-    """The folders of torch.distributed.checkpoint or DeepSpeed in a folder, which have weights."""
+    """Returns the subfolders of torch.distributed.checkpoint or DeepSpeed that contain weights."""
     below = sorted(one for one in folder.iterdir() if one.is_dir())
     if steps := [one for one in below if one.name.startswith(_STEP)]:
         return [one for one in steps if one.name == _read_latest(folder)] or steps
@@ -23,15 +23,15 @@ def find_below(folder: Path) -> list[Path]:
 
 
 def only_one(found: list[Path]) -> Path:
-    """The folder that is meant.
+    """Returns the only folder found.
 
     Raises:
-        UnreadableError: there are several.
+        UnreadableError: there are several folders.
     """
     if len(found) > 1:
         raise UnreadableError(
-            f"{found[0].parent} must hold one checkpoint, but holds several: "
-            f"{list_some(one.name for one in found)}. Give the path of one."
+            f"{found[0].parent} must contain one checkpoint, but contains several: "
+            f"{list_some(one.name for one in found)}. Give the path of one of them."
         )
     return found[0]
 
@@ -39,7 +39,7 @@ def only_one(found: list[Path]) -> Path:
 def _is_distributed(folder: Path) -> bool:
     try:
         return bool(find_descriptions(folder))
-    except OSError:  # it may not be listed
+    except OSError:  # no permission to list the folder
         return False
 
 

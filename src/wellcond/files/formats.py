@@ -1,4 +1,4 @@
-"""The format of a file, by its content or its name; of those not read the way to convert them."""
+"""Recognises the format of a file, and explains how to convert a format that is not read."""
 
 from __future__ import annotations
 
@@ -17,48 +17,48 @@ _ORBAX = (
     "Convert it: tree = orbax.checkpoint.PyTreeCheckpointer().restore(path); "
     'open("other.msgpack", "wb").write(flax.serialization.msgpack_serialize(tree)).'
 )
-ZERO = "Convert it: python zero_to_fp32.py . out, in the folder in which that script lies"
+ZERO = "Convert it: run `python zero_to_fp32.py . out` in the folder that contains this script"
 
-_DEMAND = "a checkpoint in a format that is read"
+_DEMAND = "a checkpoint in a supported format"
 _BLOBS = ".mlpackage/Data/com.apple.CoreML/weights"  # its weight.bin could be one of torch
-# A part of the variables of TensorFlow has a name such as variables.data-00000-of-00001.
+# TensorFlow names a shard of its variables variables.data-00000-of-00001, for example.
 _PART, _PARTS = ".data-of", re.compile(r"\.data-\d+-of-\d+$")
-_KERAS_2 = "of Keras 2 with tf_keras, and with TF_USE_LEGACY_KERAS=1 in the environment"
+_KERAS_2 = "For a Keras 2 model, install tf_keras and set TF_USE_LEGACY_KERAS=1 in the environment"
 
-# By the ending of the name: what it is, and the way out.
+# By the ending of the name: what the file is, and the remedy.
 _ENDINGS = {
     ".weights.json": (
-        "the index of sharded weights of Keras",
-        "Give its folder, in which these must lie.",
+        "the index of sharded Keras weights",
+        "Give the path of the folder that contains the shards.",
     ),
     ".tflite": ("a TensorFlow Lite model", f"{_TO_ONNX} --tflite PATH --output model.onnx."),
     ".pb": (
         "a TensorFlow graph",
-        f"{_TO_ONNX} --saved-model FOLDER --output model.onnx, with the folder in which "
-        f"saved_model.pb lies, or --graphdef PATH with --inputs and --outputs; {_KERAS_2}.",
+        f"{_TO_ONNX} --saved-model FOLDER --output model.onnx, where FOLDER contains "
+        f"saved_model.pb, or use --graphdef PATH with --inputs and --outputs. {_KERAS_2}.",
     ),
     _PART: (
-        "a part of a checkpoint of TensorFlow",
-        f"{_TO_ONNX} --saved-model FOLDER --output model.onnx, with the folder in which "
-        f"saved_model.pb lies; {_KERAS_2}.",
+        "a shard of a TensorFlow checkpoint",
+        f"{_TO_ONNX} --saved-model FOLDER --output model.onnx, where FOLDER contains "
+        f"saved_model.pb. {_KERAS_2}.",
     ),
     ".mlmodel": ("a Core ML model", _EXPORT),
     ".mlpackage": ("a Core ML package", _CORE_ML),
     _BLOBS: ("the weights of a Core ML package", f"{_CORE_ML[:-1]}, with the path of the package."),
     ".distcp": (
-        "a part of a checkpoint of torch.distributed.checkpoint",
-        "Give its folder, in which .metadata must lie.",
+        "a shard of torch.distributed.checkpoint",
+        "Give the path of its folder, which must contain .metadata.",
     ),
     ".pte": ("an ExecuTorch program", _EXPORT),
     ".flatbuffer": (
         "a TorchScript program for mobile devices, stored as a flatbuffer",
-        # The tensors lie in memory of the program, and end with it.
+        # The program owns the memory of its tensors, so it must outlive them.
         "Save its weights: program = torch.jit.load(path); "
         "torch.save(program.state_dict(), other).",
     ),
-    ".engine": ("an engine of TensorRT", _EXPORT),
+    ".engine": ("a TensorRT engine", _EXPORT),
 }
-# By the first bytes of the file, from a place on.
+# The offset and the bytes by which a format is recognised, and its ending.
 _BEGINNINGS = (
     (0, b"\x89HDF\r\n\x1a\n", ".h5"),
     (0, b"\x93NUMPY", ".npy"),
@@ -70,18 +70,18 @@ _BEGINNINGS = (
 
 
 def ending_of(path: Path) -> str:
-    """What the name of a file of this format ends in: by its content if that tells, or its name."""
+    """Returns the ending of the format that the content shows, or else the name of the file."""
     return _by_content(path) or path.name
 
 
 def is_pickle(path: Path) -> bool:
-    """Whether a file begins as a pickle does."""
+    """Returns whether a file begins like a pickle."""
     with path.open("rb") as file:
         return re.match(rb"\x80[\x02-\x05]", file.read(2)) is not None
 
 
 def other_format(path: Path) -> str:
-    """The name of a format that is not read and the way to convert it, or "" for other files."""
+    """Explains how to convert a file whose format is not read; returns "" for other files."""
     name = _known_name(path)
     ending = _by_content(path) or next((end for end in _ENDINGS if name.endswith(end)), "")
     if ending not in _ENDINGS:
@@ -91,18 +91,18 @@ def other_format(path: Path) -> str:
 
 
 def format_by_name(path: Path) -> str:
-    """What a file of this name is, if it is one of another format; "" if it is not."""
+    """Describes a file with this name if its format is not read; returns "" otherwise."""
     what, _ = _ENDINGS.get(Path(_known_name(path)).suffix, ("", ""))
     return what
 
 
 def _known_name(path: Path) -> str:
-    """The name in lower case, of a part without its number."""
+    """Returns the name in lower case, without the number of a shard."""
     return _PARTS.sub(_PART, path.name.lower())
 
 
 def _by_content(path: Path) -> str:
-    """The ending that the name of such a file has; "" of no format that is known by its content."""
+    """Returns the ending of the format that the content shows, or "" if it shows none."""
     with path.open("rb") as file:
         start = file.read(68)
     for at, mark, ending in _BEGINNINGS:
@@ -113,7 +113,7 @@ def _by_content(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except Exception:  # what a damaged directory of the archive leads to
+    except Exception:  # a damaged archive directory can raise anything
         return ""
     arrays = [name.endswith(".npy") for name in names if not name.endswith("/")]
     if arrays and all(arrays):
@@ -129,7 +129,7 @@ def _by_content(path: Path) -> str:
 
 
 def other_folder(path: Path) -> str:
-    """The same of a folder; also of one of the folders in it, or in these."""
+    """Explains how to convert a folder, or a folder up to two levels below it, like a file."""
     below = sorted(one for depth in ("*", "*/*") for one in path.glob(depth) if one.is_dir())
     return next(filter(None, map(_folder, (path, *below))), "")
 
@@ -143,10 +143,10 @@ def _folder(path: Path) -> str:
         what, way_out = _ENDINGS[path.suffix]
         return f"{path} must be {_DEMAND}, but is {what}. {way_out}"
     if names & {"_METADATA", "manifest.ocdbt"}:
-        return f"{path} must be {_DEMAND}, but is one of Orbax. {_ORBAX}"
-    if ".metadata" in names:  # of what is read, and has no weights
+        return f"{path} must be {_DEMAND}, but is an Orbax checkpoint. {_ORBAX}"
+    if ".metadata" in names:  # these files were read, and contain no weights
         names = {name for name in names if not name.endswith(".distcp")}
     if names & {"latest", "zero_to_fp32.py"} and any(n.startswith("global_step") for n in names):
-        return f"{path} must be {_DEMAND}, but is one of DeepSpeed. {ZERO}."
+        return f"{path} must be {_DEMAND}, but is a DeepSpeed checkpoint. {ZERO}."
     files = (path / name for name in sorted(names) if format_by_name(Path(name)))
     return next((other_format(file) for file in files if file.is_file()), "")

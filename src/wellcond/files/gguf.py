@@ -1,8 +1,8 @@
-"""A GGUF file of llama.cpp: its header read here, its codes decoded by the package `gguf`.
+"""A GGUF file of llama.cpp: reads its header, and decodes its codes with the package `gguf`.
 
-The reader of that package maps the file into memory, so that one that becomes shorter while it is
-read ends the process, and it trusts every length in the header. So the header is read by bounds,
-and of the tensors only the rows that are wanted.
+The reader of the package `gguf` maps the file into memory, so a file that becomes shorter while it
+is read ends the process. The package also trusts every length in the header. Therefore wellcond
+reads the header itself, checks each length, and reads only the requested rows of tensors.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ from wellcond.text import escape
 from wellcond.weights.reasons import Reason, Skipped
 
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
-# Of the values in the metadata, by the number of their type; strings and arrays have others.
+# The `struct` codes of values in the metadata, by type number, except strings and arrays.
 _CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-_KEPT = 1 << 10  # bytes of a text, or numbers of an array, that a setting may have
-_NAME = 1 << 16  # bytes, as the format has it
-_TENSORS, _VALUES = 1 << 18, 1 << 16  # large models have some thousand, and less than a hundred
-_TEXTS = 1 << 22  # in a list; the largest vocabularies have some hundred thousand
+_KEPT = 1 << 10  # bytes of a string or numbers in an array; longer settings are dropped
+_NAME = 1 << 16  # bytes, the limit of the format
+_TENSORS, _VALUES = 1 << 18, 1 << 16  # large models have a few thousand, and fewer than 100
+_TEXTS = 1 << 22  # in a list; the largest vocabularies have several hundred thousand
 _DIMENSIONS = 4  # of ggml
 _PARTS = 1 << 16  # of a model, as the writer counts them
 _END = 1 << 63
 _PIECE = 1 << 22  # entries that are decoded at once
-# What is stored as it is, by the names that the format gives to it.
+# The dtypes that are stored without codes, by their names in the format.
 _PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 _INTEGERS = {"I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"}
 _SCALED = ("float32", "float16", "bfloat16")
-# A filter for each channel, without the side of length 1 that a kernel of torch has.
+# One filter per channel, without the dimension of length 1 that a torch kernel has.
 _DEPTHWISE = re.compile(r"(.*\.)?(ssm_conv1d\w*|shortconv\.conv)\.weight", re.DOTALL)
-# What config.json says under these names, by the key of the metadata without the architecture.
+# The names of settings in config.json, by the keys of the metadata without the architecture.
 _SETTINGS = {
     "attention.head_count": "num_attention_heads",
     "attention.head_count_kv": "num_key_value_heads",
@@ -63,7 +63,7 @@ _SETTINGS = {
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor lies: its entries are `rows` times as many as its last side is long."""
+    """The place of a tensor, which has `rows` rows along its last dimension."""
 
     kind: int
     start: int
@@ -77,13 +77,13 @@ class Gguf(TensorFile):
     endings = (".gguf",)
     kind = "a GGUF file of llama.cpp"
     not_copied = (
-        "wellcond does not write GGUF files. Repair the checkpoint that was converted, and convert "
-        "the repaired copy"
+        "wellcond does not write GGUF files. Repair the checkpoint from which it was converted, "
+        "and convert the repaired copy"
     )
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._factors: dict[str, str] = {}  # names of tensors, by those that they multiply
+        self._factors: dict[str, str] = {}  # the names of factors, by the tensors that they scale
         self._package = import_extra("gguf.quants", path, "a GGUF file")
         with self._open() as file:
             header = _Header(file, path.stat().st_size)
@@ -115,9 +115,9 @@ class Gguf(TensorFile):
         return 0, 1
 
     def _read_places(self, header: _Header, count: int) -> dict[str, _Place]:
-        """Where the tensors lie; their entries come of it."""
+        """Reads the places of the tensors, and adds their entries."""
         if count > _TENSORS:
-            raise DamagedError(f"it says that it holds {count:,} tensors, and at most {_TENSORS:,}")
+            raise DamagedError(f"it declares {count:,} tensors, but the limit is {_TENSORS:,}")
         alignment = self._values.get("general.alignment", 32)
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
             raise DamagedError("its alignment is not a power of two")
@@ -128,16 +128,20 @@ class Gguf(TensorFile):
                 raise DamagedError(f"two of its tensors are called {escape(name)}")
             (dimensions,) = header.numbers("I")
             if dimensions > _DIMENSIONS:
-                raise DamagedError(f"{escape(name)} has {dimensions:,} dimensions")
+                raise DamagedError(
+                    f"{escape(name)} has {dimensions:,} dimensions, but the limit is {_DIMENSIONS}"
+                )
             shape = header.numbers("Q" * dimensions)[::-1]
             kind, offset = header.numbers("IQ")
             if max(offset, *shape, math.prod(shape)) >= _END:
-                raise DamagedError(f"{escape(name)} is longer than any file")
-            # Of a kind that the package does not know nothing is read, however long it is.
+                raise DamagedError(f"the size of {escape(name)} exceeds that of any file")
+            # Tensors of a type that the package does not know are not read.
             length, size = self._package.GGML_QUANT_SIZES.get(kind, (1, 0))
             last = shape[-1] if shape else 1
             if last % length:
-                raise DamagedError(f"a row of {escape(name)} does not consist of whole blocks")
+                raise DamagedError(
+                    f"the row length of {escape(name)} is not a multiple of {length}"
+                )
             places[name] = _Place(kind, offset, math.prod(shape[:-1]), last // length * size)
             self.entries[name] = _describe(name, shape, kind, self._package)
         start = header.at + -header.at % alignment
@@ -150,7 +154,7 @@ class Gguf(TensorFile):
         }
 
     def _find_factors(self, name: str) -> None:
-        """Finds by what llama.cpp multiplies what a layer, or each expert of one, returns."""
+        """Finds the factors by which llama.cpp multiplies the output of a layer or its experts."""
         scale, entry = f"{name.removesuffix('.weight')}.scale", self.entries[name]
         if scale not in self.entries or entry.skipped or entry.dtype not in _SCALED:
             return
@@ -187,7 +191,7 @@ class Gguf(TensorFile):
         return max(1, _PIECE // max(1, *self.entries[name].shape[-1:]))
 
     def _read_rows(self, name: str, first: int, last: int) -> Tensor:
-        """The entries of rows along the last side, end to end."""
+        """Returns the entries of rows along the last dimension, end to end."""
         place, entry = self._places[name], self.entries[name]
         dtype = getattr(torch, entry.dtype)
         size = place.row_bytes
@@ -210,49 +214,53 @@ class Gguf(TensorFile):
 
 
 class _Header:
-    """The numbers and texts at the beginning of a file, none of which lies beyond its end."""
+    """Reads the numbers and strings at the beginning of a file, within its bounds."""
 
     def __init__(self, file: IO[bytes], size: int) -> None:
         self._file, self.size, self.at = file, size, 0
 
     def begin(self) -> int:
-        """Reads the mark of the format, and returns the version."""
+        """Reads the magic number of the format, and returns the version."""
         if self._take(len(_MAGIC)) != _MAGIC:
             raise DamagedError("it does not begin with GGUF")
         (version,) = self.numbers("I")
         return int(version)
 
     def numbers(self, codes: str) -> tuple[Any, ...]:
-        """Numbers of these kinds, as `struct` calls them."""
+        """Reads numbers with these `struct` codes."""
         codes = f"<{codes}"
         return struct.unpack(codes, self._take(struct.calcsize(codes)))
 
     def text(self) -> str:
-        """A name, the length of which precedes it."""
+        """Reads a name, which its length precedes."""
         (length,) = self.numbers("Q")
         if length > _NAME:
-            raise DamagedError(f"a name in its header has {length:,} bytes, and at most {_NAME:,}")
+            raise DamagedError(
+                f"a name in its header has {length:,} bytes, but the limit is {_NAME:,}"
+            )
         try:
             return self._take(length).decode()
         except UnicodeDecodeError:
-            raise DamagedError("a name in its header is no text") from None
+            raise DamagedError("a name in its header is not UTF-8") from None
 
     def value(self) -> Any:
-        """A value of the metadata, the type of which precedes it; None of what is no setting."""
+        """Reads a type and a value of the metadata; None for a long value or a list of strings."""
         (kind,) = self.numbers("I")
         if kind in _CODES:
             return self.numbers(_CODES[kind])[0]
         if kind == _STRING:
             return self._short_text()
         if kind != _ARRAY:
-            raise DamagedError(f"its metadata have a value of the type {kind}")
+            raise DamagedError(f"its metadata contain a value of the unknown type {kind}")
         kind, count = self.numbers("IQ")
         if kind == _STRING and count <= _TEXTS:
             for _ in range(count):
                 self._short_text()
             return None
         if kind not in _CODES:
-            raise DamagedError(f"its metadata have a list of {count:,} values of the type {kind}")
+            raise DamagedError(
+                f"its metadata contain an invalid list of {count:,} values of the type {kind}"
+            )
         if count <= _KEPT:
             return self.numbers(_CODES[kind] * count)
         self._skip(count * struct.calcsize(_CODES[kind]))
@@ -281,9 +289,9 @@ class _Header:
 
 
 def _read_values(header: _Header, count: int) -> dict[str, Any]:
-    """The settings by their names."""
+    """Reads the settings by their names."""
     if count > _VALUES:
-        raise DamagedError(f"it says that it holds {count:,} settings, and at most {_VALUES:,}")
+        raise DamagedError(f"it declares {count:,} settings, but the limit is {_VALUES:,}")
     values: dict[str, Any] = {}
     for _ in range(count):
         name = header.text()
@@ -294,10 +302,10 @@ def _read_values(header: _Header, count: int) -> dict[str, Any]:
 
 
 def _check_places(places: dict[str, _Place], size: int) -> None:
-    """Raises unless each tensor has bytes of its own among those that follow the header.
+    """Raises unless each tensor has its own bytes among those that follow the header.
 
-    Llama.cpp demands that one begins where the one before it ends, and the package that they are
-    in the file.
+    llama.cpp demands that each tensor begins where the previous one ends. The package `gguf`
+    demands only that all tensors are within the file.
     """
     end = 0
     for name, one in sorted(places.items(), key=lambda item: (item[1].start, item[1].row_bytes)):
@@ -305,25 +313,27 @@ def _check_places(places: dict[str, _Place], size: int) -> None:
             raise DamagedError(f"{escape(name)} begins within another tensor")
         end = one.start + one.rows * one.row_bytes
         if end > size:
-            raise DamagedError(f"{escape(name)} ends {end - size:,} bytes beyond the end")
+            raise DamagedError(
+                f"{escape(name)} ends {end - size:,} bytes beyond the end of the file"
+            )
 
 
 def _one_of(value: Any) -> Any:
-    """What a list for all layers has for each of them; None if they differ."""
+    """Returns the common value of a list with one value per layer; None if they differ."""
     if not isinstance(value, tuple):
         return value
     return value[0] if len({*value}) == 1 else None
 
 
 def _describe(name: str, shape: tuple[int, ...], kind: int, package: Any) -> Entry:
-    """What a tensor is; codes become float32."""
+    """Describes a tensor; codes become float32."""
     known = kind in package.GGML_QUANT_SIZES
     called = package.GGMLQuantizationType(kind).name if known else f"the type {kind}"
     dtype = (_PLAIN | _INTEGERS).get(called, "float32")
     skipped = explain_non_weight(shape, dtype)
     stored_as = "" if called in _PLAIN | _INTEGERS else called.lower().replace("_k", "_K")
     if stored_as and not (known and _is_decoded(package, kind)):
-        newer = "a newer one may: pip install --upgrade gguf"
+        newer = "a newer version may: pip install --upgrade gguf"
         why = f"{stored_as}, which the installed package gguf does not decode; {newer}"
         skipped = Skipped(Reason.undecoded, why)
     elif skipped is None and len(shape) == 2 and _DEPTHWISE.fullmatch(name):
@@ -333,7 +343,7 @@ def _describe(name: str, shape: tuple[int, ...], kind: int, package: Any) -> Ent
 
 @cache
 def _is_decoded(package: Any, kind: int) -> bool:
-    """Whether the package has a method to decode this kind of blocks."""
+    """Returns whether the package can decode blocks of this type."""
     _, size = package.GGML_QUANT_SIZES[kind]
     try:
         _decode(package, bytearray(size), _Place(kind, 0, 1, size))
@@ -343,16 +353,16 @@ def _is_decoded(package: Any, kind: int) -> bool:
 
 
 def _decode(package: Any, codes: bytearray, place: _Place) -> Tensor:
-    """The entries of rows, end to end."""
+    """Decodes the entries of rows, end to end."""
     import numpy as np
 
     rows = np.frombuffer(codes, dtype=np.uint8).reshape(-1, place.row_bytes)
-    with np.errstate(all="ignore"):  # of scales that are not finite, which the audit reports itself
+    with np.errstate(all="ignore"):  # the audit itself reports scales that are not finite
         found = package.dequantize(rows, package.GGMLQuantizationType(place.kind))
     return torch.from_numpy(found).flatten()
 
 
 def _describe_version(version: int) -> str:
     if version and not version & 0xFFFF:
-        return "is big-endian: convert it with gguf-convert-endian, of the package gguf"
+        return "is big-endian: convert it with gguf-convert-endian from the package gguf"
     return f"has version {version}: convert the model again with a current llama.cpp"

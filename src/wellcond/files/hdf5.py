@@ -1,8 +1,8 @@
-"""What is in an HDF5 file: its groups and arrays, and nothing that lies elsewhere.
+"""Reads the groups and arrays of an HDF5 file, and nothing outside of it.
 
-A link of HDF5 may lead to another file, an array may keep its values in one, and one that stores
-nothing may have any shape. None of these is followed or read. h5py, which reads the rest, is
-imported when a file is opened.
+An HDF5 link may lead to another file, an array may keep its values in another file, and an array
+that stores nothing may have any shape. wellcond follows or reads none of these. It reads the rest
+with h5py, which it imports when it opens a file.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from wellcond.files.tensors import DamagedError, Rows, UnreadableError, damaged
 KIND = "HDF5 file"
 _DEPTH = 100
 _TEXT = 64 << 20  # bytes of an attribute
-# How many bytes may be unpacked: in any case, and for each byte of the file.
+# Limits on unpacked bytes: a constant, and a multiple of the size of the file.
 _UNPACKED, _RATIO = 64 << 20, 20
-# Deflate, shuffle, Fletcher32, szip, n-bit, scale-offset, and LZF of h5py; for others HDF5 would
-# load and run what lies in a folder of plugins.
+# Deflate, shuffle, Fletcher32, szip, n-bit, scale-offset, and LZF of h5py. For other filters, HDF5
+# would load and run code from a folder of plugins.
 _FILTERS = {*range(1, 7), 32000}
-_NOT_FOLLOWED = "a link that leads elsewhere, which is not followed"
-_ELSEWHERE = "its values lie in another file, which is not opened"
+_NOT_FOLLOWED = "a soft or external link, which is not followed"
+_ELSEWHERE = "its values are in another file, which is not opened"
 _REPEATED = "a second link to an array of this file"
 
 
@@ -38,8 +38,9 @@ class Array:
     """An array.
 
     Attributes:
-        path: in the file. dtype: as `Entry` has it.
-        without: why there are no values to read; "" if there are.
+        path: the path within the file.
+        dtype: the dtype as in `Entry`.
+        without: why the values cannot be read; "" if they can.
     """
 
     path: str
@@ -50,7 +51,7 @@ class Array:
 
 @dataclass(frozen=True)
 class Group:
-    """A group: its texts, and what is in it by name."""
+    """A group: its string attributes, and its groups and arrays by name."""
 
     path: str = ""
     texts: dict[str, str] = field(default_factory=dict)
@@ -58,7 +59,7 @@ class Group:
     arrays: dict[str, Array] = field(default_factory=dict)
 
     def below(self) -> Iterator[Array]:
-        """All arrays in it and in its groups."""
+        """Yields all arrays in the group and in the groups below it."""
         yield from self.arrays.values()
         for group in self.groups.values():
             yield from group.below()
@@ -66,10 +67,10 @@ class Group:
 
 @contextmanager
 def open_hdf5(extent: Extent) -> Iterator[Any]:
-    """The file of h5py in these bytes.
+    """Opens these bytes with h5py.
 
     Raises:
-        UnreadableError: h5py is not installed, or cannot read what is asked for while it is open.
+        UnreadableError: h5py is not installed, or a read fails while the file is open.
     """
     h5py = import_extra("h5py", extent.path, "an HDF5 file")
     try:
@@ -79,17 +80,18 @@ def open_hdf5(extent: Extent) -> Iterator[Any]:
         raise
     except MemoryError:
         raise UnreadableError(
-            f"{extent.path} cannot be read: there is not enough memory."
+            f"{extent.path} cannot be read, because there is not enough memory. Use a machine with "
+            "more memory."
         ) from None
     except DamagedError as error:
         raise damaged(extent.path, KIND, error) from None
-    except Exception:  # whatever h5py raises of bytes that no writer leaves
+    except Exception:  # h5py can raise anything for bytes that no writer leaves
         what = "h5py cannot read it" if extent.size else "it is empty"
         raise damaged(extent.path, KIND, what) from None
 
 
 def read_tree(extent: Extent, attributes: Collection[str]) -> Group:
-    """All that is in a file, without the values of its arrays; of attributes only these texts."""
+    """Reads the groups, arrays and the named string attributes of a file, without array values."""
     with open_hdf5(extent) as file:
         return _Walk(extent, attributes).group(file, "", 0)
 
@@ -103,7 +105,7 @@ class _Walk:
 
     def group(self, group: Any, path: str, depth: int) -> Group:
         if depth > _DEPTH:
-            raise DamagedError("its groups are too deep")
+            raise DamagedError(f"its groups are nested more than {_DEPTH} levels deep")
         found = Group(path, self._texts(group))
         for name in group:
             inner = f"{path}/{name}".lstrip("/")
@@ -132,15 +134,15 @@ class _Walk:
             size, stored = self._unpacked(dataset, shape), dataset.id.get_storage_size()
             filters = _filters_of(dataset)
             if not filters <= _FILTERS:
-                without = "compressed in a way that is not read"
+                without = "compressed with a filter that is not read"
             elif not filters and stored < math.prod(shape) * dataset.dtype.itemsize:
-                without = f"{stored:,} bytes are stored of {size:,}"
+                without = f"only {stored:,} of {size:,} bytes are stored"
             elif dtype:
                 self._count(size)
         return Array(path, shape, dtype or str(dataset.dtype), without)
 
     def _unpacked(self, dataset: Any, shape: tuple[int, ...]) -> int:
-        """The bytes that reading all of it makes; a chunk at its end is made as a whole."""
+        """Returns the bytes that a read of the array unpacks, which consist of entire chunks."""
         lengths = zip(shape, dataset.chunks or (1,) * len(shape), strict=True)
         sides = [int(-(-length // chunk) * chunk) for length, chunk in lengths]
         return math.prod(sides) * int(dataset.dtype.itemsize)
@@ -150,14 +152,14 @@ class _Walk:
         if self._bytes > max(_UNPACKED, _RATIO * self._extent.size):
             raise UnreadableError(
                 f"{self._extent.path} would unpack from {self._extent.size:,} to at least "
-                f"{self._bytes:,} bytes, which no weights do. If you trust it, load it and save it "
-                "again without compression."
+                f"{self._bytes:,} bytes, but weights do not compress so well, so it may be an "
+                "attack. If you trust the file, load it and save it again without compression."
             )
 
     def _texts(self, group: Any) -> dict[str, str]:
-        """Those of the attributes that are asked for; of one that is no single text "".
+        """Returns the requested attributes; "" for an attribute that is not a single string.
 
-        Of a list each text could be the same bytes of the file, and all of them be far more.
+        Lists are not read, because all strings of a list could be the same bytes of the file.
         """
         texts: dict[str, str] = {}
         for name in self._attributes:
@@ -178,13 +180,13 @@ def _decode(value: Any) -> str:
 
 
 def _filters_of(dataset: Any) -> set[int]:
-    """The numbers of what its bytes go through before they are stored, such as a compression."""
+    """Returns the numbers of the filters of an array, such as compression."""
     settings = dataset.id.get_create_plist()
     return {int(settings.get_filter(i)[0]) for i in range(settings.get_nfilters())}
 
 
 def _name_of(dataset: Any) -> str:
-    """The dtype; "" if it is not one of numbers."""
+    """Returns the dtype; "" if it is not numeric."""
     dtype = dataset.dtype
     if (
         dtype.kind == "V"
@@ -195,11 +197,11 @@ def _name_of(dataset: Any) -> str:
     return str(dtype.name) if dtype.kind in "fiuc" else "bool" if dtype.kind == "b" else ""
 
 
-BFLOAT16 = "bfloat16"  # for which HDF5 has no type: Keras stores two bytes, and this as `dtype`
+BFLOAT16 = "bfloat16"  # HDF5 lacks this type: Keras stores two bytes and the attribute `dtype`
 
 
 def read_array(file: Any, array: Array, buffer: bytearray, rows: Rows | None) -> Tensor:
-    """The numbers of an array, or its rows start to stop, in a buffer of their length."""
+    """Reads the entries of an array, or its rows start to stop, into a buffer of this length."""
     shape = array.shape if rows is None else (rows[1] - rows[0], *array.shape[1:])
     dtype = getattr(torch, array.dtype)
     flat = torch.frombuffer(buffer, dtype=dtype)

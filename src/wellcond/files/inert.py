@@ -1,11 +1,13 @@
-"""The pickles of torch.save and torch.jit, read without running anything of them.
+"""Reads the pickles of torch.save and torch.jit without running any of their code.
 
-A pickle is a program for a small stack machine. The one here pushes constants, builds lists, tuples
+A pickle is a program for a small stack machine. This machine pushes constants, builds lists, tuples
 and dicts, and turns each class, function and object that the pickle names into an inert `Foreign`.
-Only the functions that torch.save writes for tensors are called, and these only describe a tensor.
+It calls only replacements of the functions that torch.save writes for tensors, and these only
+describe a tensor.
 
-No name is imported, and no object of the file is compared or hashed other than texts: a few bytes
-can stand for a tuple of 2^40 parts. Nothing is copied, so each instruction adds one small object.
+The machine imports no name. It compares and hashes no objects of the file except strings, because a
+few bytes can represent a tuple of 2^40 parts. It copies nothing, so each instruction adds at most
+one small object.
 """
 
 from __future__ import annotations
@@ -35,11 +37,11 @@ _OF_STORAGES = {
 _PLAIN = ("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer")
 _END = 1 << 63
 _INSTRUCTIONS = 30_000_000  # each may leave an object of 100 to 300 bytes
-_NAME = 1000  # letters in the name of a class
+_NAME = 1000  # characters in the name of a class
 _ARGUMENTS = 64  # of a function that torch.save writes
-_PARTS, _LETTERS = 8, 200  # of a key that is not a text, in the name of a tensor
+_PARTS, _LETTERS = 8, 200  # of a key that is not a string, within the name of a tensor
 
-# Arrays of NumPy: their kind, the functions that make them, and their dtypes.
+# NumPy arrays: their kind, the functions that make them, and their dtypes.
 ARRAY = "numpy.ndarray"
 _ARRAYS = ("_reconstruct", "_mareconstruct", "_reconstruct_array")
 _OF_NUMPY = {"f2": torch.float16, "f4": torch.float32, "f8": torch.float64, "f16": torch.float64}
@@ -48,14 +50,14 @@ _OF_NUMPY |= {"c8": torch.complex64, "c16": torch.complex128, "c32": torch.compl
 
 @dataclass(eq=False, repr=False, slots=True)
 class Foreign:
-    """A class, a function or an object that is not made: what the pickle says of it.
+    """A class, a function or an object that is not created, as the pickle describes it.
 
     Attributes:
         kind: the full name of the class, or of the function that would return the object.
-        state: what the object would get as its attributes.
-        items: what would be added to it with keys.
-        elements: what would be appended to it.
-        arguments: what the class or the function would be called with.
+        state: the attributes that the object would receive.
+        items: the key-value pairs that would be added to the object.
+        elements: the elements that would be appended to the object.
+        arguments: the arguments of the call of the class or function.
     """
 
     kind: str
@@ -65,7 +67,7 @@ class Foreign:
     arguments: tuple[Any, ...] = ()
 
     def __repr__(self) -> str:
-        """Only the class: what is shared in the state may be printed without end."""
+        """Returns only the class: the text of a state with shared parts could be endless."""
         return f"<{self.kind}>"
 
     @property
@@ -75,19 +77,19 @@ class Foreign:
 
     @property
     def states(self) -> tuple[Any, ...]:
-        """The parts of the state: of a class with `__slots__` there are two."""
+        """The parts of the state, two for a class with `__slots__`."""
         return self.state if isinstance(self.state, tuple) else (self.state,)
 
     @property
     def attributes(self) -> dict[Any, Any]:
-        """The attributes by name, those of `__slots__` included."""
+        """The attributes by name, including those of `__slots__`."""
         parts = (part for part in self.states if isinstance(part, Mapping))
         return {name: one for part in parts for name, one in part.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """A storage that a pickle names: its key, its dtype, and which of its bytes are meant."""
+    """A storage that a pickle names: its key, its dtype and a range of its bytes."""
 
     key: str
     dtype: torch.dtype
@@ -97,12 +99,13 @@ class Storage:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class StoredTensor:
-    """A tensor whose entries lie in a storage of the file, and are not read yet.
+    """A tensor whose entries are in a storage of the file, and are not read yet.
 
     Attributes:
         key: the storage.
         start: the byte of the storage at which the first entry begins.
-        conj, neg: whether the entries are conjugated or negated when they are used.
+        conj: whether the entries are conjugated on use.
+        neg: whether the entries are negated on use.
     """
 
     key: str
@@ -115,12 +118,12 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all entries, as if none shared its memory."""
+        """The number of bytes of all entries, as if none shared memory."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def span(self) -> int:
-        """The bytes from the first entry to the last."""
+        """The number of bytes from the first entry to the last."""
         if 0 in self.shape:
             return 0
         steps = zip(self.stride, self.shape, strict=True)
@@ -128,7 +131,7 @@ class StoredTensor:
 
     @property
     def is_contiguous(self) -> bool:
-        """Whether its entries follow each other in the storage without gaps."""
+        """Whether the entries are stored in order and without gaps."""
         step = 1
         for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
             if size != 1 and stride != step:
@@ -138,18 +141,18 @@ class StoredTensor:
 
     @property
     def floating(self) -> bool:
-        """Whether its entries are floating point or complex numbers."""
+        """Whether the entries are floating point or complex numbers."""
         return self.dtype.is_floating_point or self.dtype.is_complex
 
 
 @dataclass(eq=False, repr=False, slots=True)
 class ForeignTensor(Foreign):
-    """A tensor of a foreign class, or of a layout that is not read: its shape and its dtype.
+    """A tensor of a foreign class or of a layout that is not read.
 
     Attributes:
-        shape: the shape of the dense tensor; () if it is not known.
+        shape: the shape of the dense tensor; () if it is unknown.
         dtype: its dtype, if torch has it.
-        values: the entries that are stored, as a plain tensor, if that is known.
+        values: the stored entries as a plain tensor, if they are known.
     """
 
     shape: tuple[int, ...] = ()
@@ -158,7 +161,7 @@ class ForeignTensor(Foreign):
 
 
 class OtherKey:
-    """A key that is not a text. Equal ones are two keys here, because they are never compared."""
+    """A key that is not a string. Equal keys remain separate, because keys are never compared."""
 
     __slots__ = ("key",)
 
@@ -170,7 +173,7 @@ class OtherKey:
 
 
 def _key_text(key: Any, depth: int = 2) -> str:
-    """As `repr`, of which this is the beginning: a small file can hold a key without end."""
+    """Returns a short form of `repr`, because a small file can contain an endless key."""
     if isinstance(key, list | dict) or (isinstance(key, tuple) and not depth):
         return "..."
     if isinstance(key, tuple):
@@ -184,11 +187,11 @@ def _as_key(key: Any) -> Any:
     return key if isinstance(key, str) else OtherKey(key)
 
 
-# --- what is called -------------------------------------------------------------------------------
+# --- replacements of functions --------------------------------------------------------------------
 
 
 def is_shape(shape: Any, dimensions: int = 64) -> bool:
-    """Whether it is a tuple of lengths, of which the product is a number of entries."""
+    """Returns whether `shape` is a tuple of lengths whose product is a valid number of entries."""
     if not isinstance(shape, tuple) or len(shape) > dimensions:
         return False
     return all(type(n) is int and 0 <= n < _END for n in shape) and math.prod(shape) < _END
@@ -197,26 +200,26 @@ def is_shape(shape: Any, dimensions: int = 64) -> bool:
 def rebuild_tensor(
     storage: Storage, offset: Any, size: Any, stride: Any, *more: Any
 ) -> StoredTensor:
-    """`torch._utils._rebuild_tensor_v2` with a check of the bounds."""
-    # Then requires_grad and hooks; of v3 the dtype; and the bits of a lazy conjugate or negative.
+    """Replaces `torch._utils._rebuild_tensor_v2`, and checks the bounds."""
+    # `more` contains requires_grad and hooks, the dtype in v3, and the conjugate and negative bits.
     dtype = next((one for one in more if isinstance(one, torch.dtype)), storage.dtype)
     if not (is_shape(size, 1000) and isinstance(stride, tuple) and len(stride) == len(size)):
         raise DamagedError("a tensor must have a shape and strides")
     if not all(type(n) is int and 0 <= n < _END for n in (offset, *stride)):
-        raise DamagedError("the offset and the strides of a tensor must be whole numbers")
+        raise DamagedError("the offset and the strides of a tensor must be non-negative integers")
     bits = more[-1] if more and isinstance(more[-1], Mapping) else {}
     start = storage.start + offset * dtype.itemsize
     conj, neg = bits.get("conj") is True, bits.get("neg") is True
     tensor = StoredTensor(storage.key, dtype, start, size, stride, conj, neg)
     if start + tensor.span > storage.stop and tensor.span:
-        raise DamagedError("a tensor goes beyond its storage")
+        raise DamagedError("a tensor extends beyond its storage")
     return tensor
 
 
 def _subclass(
     function: Any, kind: Any, arguments: tuple[Any, ...], state: Any = None, *more: Any
 ) -> Any:
-    """`torch._tensor._rebuild_from_type_v2`: of a plain class the tensor, of another a record."""
+    """Replaces `torch._tensor._rebuild_from_type_v2`; a foreign class becomes a record."""
     if function.kind in _CALLS:
         data = _call(function, arguments)
         if kind.kind in _PLAIN or not isinstance(data, StoredTensor):
@@ -232,7 +235,7 @@ def _subclass(
 
 
 def _sparse(layout: Any, data: tuple[Any, ...]) -> ForeignTensor:
-    """`torch._utils._rebuild_sparse_tensor`: of COO indices, values and shape; or compressed."""
+    """Replaces `torch._utils._rebuild_sparse_tensor` for COO and compressed layouts."""
     (name,) = layout.arguments if isinstance(layout, Foreign) else ("",)
     values = data[1 if name == "torch.sparse_coo" else 2]
     shape = next((one for one in data[:4] if isinstance(one, tuple)), ())
@@ -243,13 +246,13 @@ def _sparse(layout: Any, data: tuple[Any, ...]) -> ForeignTensor:
 
 
 def _nested(first: Any, *more: Any) -> ForeignTensor:
-    """`torch._utils._rebuild_nested_tensor`, and `_rebuild_njt` of a jagged one: only its dtype."""
+    """Replaces `torch._utils._rebuild_nested_tensor` and `_rebuild_njt`; keeps only the dtype."""
     values = first.get("values") if isinstance(first, Mapping) else first
     return ForeignTensor("nested", dtype=getattr(values, "dtype", None))
 
 
 def _without_values(dtype: Any, size: Any, *more: Any) -> ForeignTensor:
-    """`torch._utils._rebuild_meta_tensor_no_storage`, without its strides."""
+    """Replaces `torch._utils._rebuild_meta_tensor_no_storage`; drops the strides."""
     if not is_shape(size) or not isinstance(dtype, torch.dtype):
         raise DamagedError("a tensor must have a shape and a dtype")
     return ForeignTensor("meta", shape=size, dtype=dtype)
@@ -260,26 +263,26 @@ def _first(data: Any, *more: Any) -> Any:
 
 
 def _encoded(text: Any, encoding: Any = "") -> Any:
-    """`_codecs.encode`, as protocol 2 writes bytes; only of a short text, such as a key."""
+    """Replaces `_codecs.encode`, with which protocol 2 writes bytes, for short strings only."""
     if isinstance(text, str) and len(text) <= _LETTERS and encoding == "latin1":
         return text.encode(encoding)
     return Foreign("_codecs.encode")
 
 
 def _ordered(pairs: Any = ()) -> OrderedDict[Any, Any]:
-    """An OrderedDict; Python 2 wrote its pairs as a list, which is emptied here, not copied."""
+    """Makes an OrderedDict. Python 2 wrote its pairs as a list, which is emptied, not copied."""
     made = OrderedDict((_as_key(key), value) for key, value in pairs)
     if isinstance(pairs, list):
         pairs.clear()
     elif made:
-        raise DamagedError("an OrderedDict must be made of a list")
+        raise DamagedError("an OrderedDict must be made from a list")
     return made
 
 
-# What lists and dicts of a TorchScript program are wrapped in.
+# The functions that wrap lists and dicts of a TorchScript program.
 _OF_SCRIPT = ["build_intlist", "build_doublelist", "build_boollist", "build_tensorlist"]
 _OF_SCRIPT += ["restore_type_tag"]
-# All that is ever called, by the names that torch writes.
+# The only functions that are ever called, by the names that torch writes.
 _CALLS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor": rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": rebuild_tensor,
@@ -299,17 +302,17 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "_codecs.encode": _encoded,
     "collections.OrderedDict": _ordered,
 }
-SCRIPT = "__torch__."  # with which the names of classes of a TorchScript program begin
-# Functions that make an object of their first argument, from two others.
+SCRIPT = "__torch__."  # the beginning of the names of classes of a TorchScript program
+# Functions that create an object of the class in their first argument, from two other arguments.
 _MAKERS = {"copy_reg._reconstructor", "copyreg._reconstructor", "copyreg.__newobj_ex__"}
 
 
 def _call(function: Any, arguments: Any) -> Any:
     if isinstance(function, Foreign) and function.kind.startswith(SCRIPT):
-        # The value of an enum is written as if it were all arguments.
+        # The value of an enum is written in the place of the arguments.
         arguments = arguments if isinstance(arguments, tuple) else (arguments,)
     if not isinstance(arguments, tuple) or not isinstance(function, Foreign):
-        raise DamagedError("its pickle calls what is not a function, or not with arguments")
+        raise DamagedError("its pickle calls a non-function, or passes no tuple of arguments")
     if (make := _CALLS.get(function.kind)) is not None:
         if len(arguments) > _ARGUMENTS:
             raise DamagedError("its pickle calls a function with too many arguments")
@@ -317,14 +320,15 @@ def _call(function: Any, arguments: Any) -> Any:
     if function.kind in _MAKERS and len(arguments) == 3 and isinstance(arguments[0], Foreign):
         function, *rest = arguments
         arguments = tuple(rest)
-    # What a partial function holds is passed on by its call.
+    # The call of a partial function keeps the state of the function.
     return Foreign(function.kind, state=function.state, arguments=arguments)
 
 
 def array_of(one: Foreign) -> ForeignTensor | None:
-    """Shape and dtype of a floating point array of NumPy or JAX; None of any other object.
+    """Returns shape and dtype of a floating point array of NumPy or JAX; None for other objects.
 
-    Its dtype is a `numpy.dtype` called with "f8", say, or with a class such as ml_dtypes.bfloat16.
+    The dtype is a call of `numpy.dtype` with a code such as "f8", or a class such as
+    ml_dtypes.bfloat16.
     """
     module, _, function = one.kind.rpartition(".")
     state, arguments = one.states, one.arguments
@@ -348,7 +352,7 @@ def array_of(one: Foreign) -> ForeignTensor | None:
 
 # --- the machine ----------------------------------------------------------------------------------
 
-# The instructions that push what follows them in the file.
+# The instructions that push the constant that follows them in the file.
 _LITERALS = {
     *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
     *("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
@@ -357,21 +361,21 @@ _LITERALS = {
 
 
 class Unpickler:
-    """The machine, over a file that may hold several pickles in a row.
+    """The stack machine, over a file that may contain several pickles in a row.
 
     Attributes:
-        storages: the storages that were named so far, by their keys, which begin with `folder`; of
-            several the longest.
+        storages: the storages that the pickles named so far, by their keys, which begin with
+            `folder`. For several storages with one key, the longest.
     """
 
     def __init__(self, file: IO[bytes], folder: str = "") -> None:
         self._folder = folder
-        # Without `tell`, which pickletools would call for each instruction.
+        # The object has no `tell`, which pickletools would call for each instruction.
         self._file: Any = SimpleNamespace(read=file.read, readline=file.readline)
         self.storages: dict[str, Storage] = {}
 
     def load(self) -> Any:
-        """The content of the next pickle. Whatever this raises says that the pickle is damaged."""
+        """Returns the content of the next pickle. Any exception means that it is damaged."""
         self._stack: list[Any] = []
         self._below: list[list[Any]] = []  # the stack under each mark
         self._memo: dict[int, Any] = {}
@@ -448,16 +452,18 @@ class Unpickler:
                 self._pop_mark()
             case "PROTO" | "FRAME" | "STOP":
                 pass
-            case _:  # such as a number in a registry of the process in place of a name
-                raise DamagedError(f"its pickle holds {instruction}, which torch.save never writes")
+            case _:  # such as EXT1, a number in a registry of the process instead of a name
+                raise DamagedError(
+                    f"its pickle contains {instruction}, which torch.save never writes"
+                )
 
     def _push(self, value: Any) -> None:
-        """To the stack as it is now: `_pop_mark` exchanges it."""
+        """Pushes to the current stack, because `_pop_mark` exchanges it."""
         self._stack.append(value)
 
     def _pop(self, count: int) -> list[Any]:
         if len(self._stack) < count:
-            raise DamagedError("its pickle takes more from the stack than lies there")
+            raise DamagedError("its pickle pops more values than its stack contains")
         values = self._stack[-count:]
         del self._stack[-count:]
         return values
@@ -471,7 +477,7 @@ class Unpickler:
         made = self._stack[-1]
         items = made.items if isinstance(made, Foreign) else made
         if not isinstance(items, dict):
-            raise DamagedError("its pickle adds items to what is not a dict")
+            raise DamagedError("its pickle adds items to an object that is not a dict")
         items.update(
             (_as_key(key), value) for key, value in zip(pairs[::2], pairs[1::2], strict=True)
         )
@@ -480,14 +486,14 @@ class Unpickler:
         made = self._stack[-1]
         elements = made.elements if isinstance(made, Foreign) else made
         if not isinstance(elements, list):
-            raise DamagedError("its pickle appends to what is not a list")
+            raise DamagedError("its pickle appends to an object that is not a list")
         elements.extend(values)
 
     def _storage(self, saved: Any) -> Any:
-        """The storage that is named by a tuple, whatever device it was on."""
+        """Returns the storage that a tuple names, regardless of its device."""
         if not isinstance(saved, tuple) or len(saved) > _ARGUMENTS:
             raise DamagedError("a storage must be named by a tuple")
-        if saved[0] in ("module", b"module"):  # of a whole model, before torch 1.6: with its source
+        if saved[0] in ("module", b"module"):  # torch before 1.6 saved models with their source
             return saved[1]
         _, kind, key, _, count, *views = saved
         dtype = _OF_STORAGES.get(kind.name, torch.uint8)  # UntypedStorage consists of bytes
@@ -498,16 +504,16 @@ class Unpickler:
         self.storages[key] = max(self.storages.get(key, whole), whole, key=lambda one: one.stop)
         if views in ([], [None]):
             return whole
-        ((_, first, length),) = views  # a part of it, as torch before 0.4 saved them
+        ((_, first, length),) = views  # a part of a storage, as torch before 0.4 saved it
         if not is_shape((first, length)) or first + length > count:
-            raise DamagedError("a part of a storage must lie in it")
+            raise DamagedError("a part of a storage extends beyond the storage")
         start, stop = first * dtype.itemsize, (first + length) * dtype.itemsize
         return Storage(key, dtype, start, stop)
 
 
 def _named(module: Any, name: Any) -> Any:
     if not all(isinstance(part, str) and len(part) <= _NAME for part in (module, name)):
-        raise DamagedError("its pickle names something by what is not a name")
+        raise DamagedError("its pickle contains an invalid name of a class or function")
     known = f"{module}.{name}"
     return _DTYPES.get(known) or Foreign(known)
 
@@ -515,6 +521,6 @@ def _named(module: Any, name: Any) -> Any:
 def _with_state(made: Any, state: Any) -> Any:
     if isinstance(made, Foreign):
         made.state = state
-    elif not isinstance(made, OrderedDict):  # the attributes of which are of no use
-        raise DamagedError("its pickle gives a state to what is not an object")
+    elif not isinstance(made, OrderedDict):  # its attributes are ignored
+        raise DamagedError("its pickle sets the state of a value that is not an object")
     return made

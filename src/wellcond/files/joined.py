@@ -1,6 +1,6 @@
-"""A tensor that is stored as slices: whether these are all of it, and how they are read as one.
+"""A tensor that is stored as slices: checks that the slices tile it, and reads them as one tensor.
 
-A box is where a slice begins in the tensor, and the shape of the slice.
+A box consists of the offsets at which a slice begins in the tensor, and the shape of the slice.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from wellcond.text import list_some
 
 Sides = tuple[int, ...]
 Box = tuple[Sides, Sides]
-_CORNERS = 1 << 22  # of all boxes of a tensor, at some 200 bytes each
+_CORNERS = 1 << 22  # of all boxes of a tensor, at about 200 bytes each
 
 
 @dataclass(frozen=True)
 class Slice:
-    """A slice of a tensor: its box, and under which name which files store it.
+    """A slice of a tensor: its box, and the files that store it.
 
     Attributes:
-        copies: at least one; all have the same values.
+        copies: one or more files, each with the name of the slice in it. All store the same values.
     """
 
     offsets: Sides
@@ -40,7 +40,7 @@ class Slice:
     copies: tuple[tuple[TensorFile, str], ...]
 
     def read(self, rows: Rows | None = None) -> Tensor:
-        """The slice, or rows of it.
+        """Reads the slice, or rows of it.
 
         Raises:
             UnreadableError: its copies differ.
@@ -50,13 +50,14 @@ class Slice:
         for other, called in others:
             if not _same_bytes(values, other.read(called, rows)):
                 raise UnreadableError(
-                    f"{file.path} and {other.path} must hold the same values of {name} at "
-                    f"{self.offsets}, but hold different ones. They belong to two checkpoints."
+                    f"{file.path} and {other.path} must contain the same values of {name} at "
+                    f"{self.offsets}, but contain different ones. They belong to two checkpoints: "
+                    "put the files of each into a separate folder."
                 )
         return values
 
     def box(self, start: int = 0, rows: Rows | None = None) -> tuple[slice, ...]:
-        """Where it lies, or rows of it lie, in the rows of the tensor from `start` on."""
+        """Returns its place, or that of some rows, in the rows of the tensor from `start` on."""
         first, last = rows or (0, self.shape[0])
         sides = zip(self.offsets[1:], self.shape[1:], strict=True)
         top = self.offsets[0] - start
@@ -64,7 +65,7 @@ class Slice:
 
 
 class Joined(Holder):
-    """One tensor, of slices that tile it."""
+    """One tensor, joined from slices that tile it."""
 
     def __init__(self, slices: Iterable[Slice], shape: Sides, dtype: torch.dtype) -> None:
         kept = (one for one in slices if 0 not in one.shape)
@@ -100,17 +101,18 @@ class Joined(Holder):
 
 
 def _same_bytes(one: Tensor, other: Tensor) -> bool:
-    """Also of NaN, and of dtypes that torch does not compare."""
+    """Compares bytes, and so also NaN and dtypes that torch does not compare."""
     first, second = (t.resolve_conj().contiguous().view(-1).view(torch.uint8) for t in (one, other))
     return torch.equal(first, second)
 
 
 def explain_misfit(boxes: Sequence[Box], shape: Sides) -> str:
-    """Why the boxes do not tile a tensor of this shape exactly; "" if they do.
+    """Returns why the boxes do not tile a tensor of this shape exactly; "" if they do.
 
-    They do if and only if the number of boxes at each place equals the number of wholes there. Both
-    are sums of steps, up at some of their corners and down at the others, so that it is enough to
-    compare these. At the first corner where the sums differ, the numbers do.
+    The boxes tile the tensor if and only if the number of boxes that cover a point is 1 within the
+    tensor and 0 elsewhere. The covering number of boxes is a sum of steps, up at some corners and
+    down at others, so it is enough to compare the steps with those of the tensor. At the first
+    corner where the steps differ, the covering numbers differ.
     """
     whole: Box = ((0,) * len(shape), shape)
     boxes = [box for box in boxes if 0 not in box[1]]
@@ -118,7 +120,7 @@ def explain_misfit(boxes: Sequence[Box], shape: Sides) -> str:
         return "it has no entries, but a slice of it has" if boxes else ""
     cut = [d for d, n in enumerate(shape) if any(o[d] or s[d] != n for o, s in boxes)]
     if (len(boxes) + 1) << len(cut) > _CORNERS:
-        return f"{len(boxes):,} slices that cut {len(cut)} of its sides are too many"
+        return f"{len(boxes):,} slices that cut {len(cut)} of its dimensions are too many"
     steps: Counter[Sides] = Counter()
     for (offsets, sizes), sign in [*((box, 1) for box in boxes), (whole, -1)]:
         corners: list[tuple[Sides, int]] = [((), sign)]
@@ -134,18 +136,18 @@ def explain_misfit(boxes: Sequence[Box], shape: Sides) -> str:
     at = dict(zip(cut, first, strict=True))
     place = tuple(at.get(d, 0) for d in range(len(shape)))
     if steps[first] < 0:
-        return f"what lies at {place} is missing"
+        return f"no slice contains the entry at {place}"
     inside = all(0 <= p < n for p, n in zip(place, shape, strict=True))
     if inside:
-        return f"several slices hold what lies at {place}"
-    return f"a slice holds what lies at {place}, outside of the shape {shape}"
+        return f"several slices contain the entry at {place}"
+    return f"a slice contains an entry at {place}, outside of the shape {shape}"
 
 
 def join(parts: Sequence[tuple[TensorFile, Entry]]) -> tuple[Holder, Entry] | str:
-    """Who reads the tensor of which files hold these slices, or why they do not make one."""
+    """Returns the joined tensor of these slices, or why they cannot be joined."""
     entries = [entry for _, entry in parts]
     if len({len(one.shape) for one in entries}) > 1:
-        return "not all have the same number of sides"
+        return "not all have the same number of dimensions"
     if len(dtypes := {one.dtype for one in entries}) > 1:
         return f"they have different dtypes: {list_some(sorted(dtypes))}"
     copies: dict[Box, list[tuple[TensorFile, str]]] = {}
@@ -162,6 +164,6 @@ def join(parts: Sequence[tuple[TensorFile, Entry]]) -> tuple[Holder, Entry] | st
         return parts[0][0], entry
     dtype = getattr(torch, entry.dtype, None)
     if not isinstance(dtype, torch.dtype):
-        return f"{entry.dtype} is a dtype that is not joined"
+        return f"their dtype {entry.dtype} is not a dtype of torch"
     slices = [Slice(*box, tuple(same)) for box, same in copies.items()]
     return Joined(slices, shape, dtype), entry

@@ -1,9 +1,10 @@
 """Weights of Keras: `.keras`, `.weights.h5`, and the HDF5 files of Keras 2.
 
-Keras 3 stores a group per layer, called by its class and a number or by the attribute that holds
-it, in which `vars` has its variables by number and its name as an attribute. A `.keras` is a zip
-archive of such a file and of config.json, which describes the layers of all models but those of a
-class of its own. Keras 2 lists the names of its variables by layer, and may have such a config too.
+Keras 3 stores one group per layer. The name of the group is the class of the layer with a number,
+or the attribute that refers to the layer. The group `vars` in it contains the variables by number,
+and the name of the layer as an attribute. A `.keras` file is a zip archive of such an HDF5 file and
+of config.json, which describes the layers of all models except subclassed ones. Keras 2 lists the
+names of its variables by layer, and may also store such a config.
 """
 
 from __future__ import annotations
@@ -49,25 +50,25 @@ _PIECE = 16 << 20  # bytes
 _CONTAINERS = ("layers", "_layer_checkpoint_dependencies")  # the second of Keras 2.12
 _OPTIMIZERS = ("optimizer", "optimizer_weights")
 _OTHER = (
-    "{} must be a file of weights that Keras saved, but is another HDF5 file. Save the arrays of "
-    "the weights: safetensors.torch.save_file({{name: torch.from_numpy(h5py.File(path)[name][()]) "
-    "for name in names}}, other)."
+    "{} must be a file of weights that Keras saved, but is another HDF5 file. Convert its weights: "
+    "safetensors.torch.save_file({{name: torch.from_numpy(h5py.File(path)[name][()]) for name in "
+    "names}}, other)."
 )
 
 
 class Keras(TensorFile):
-    """One file of Keras, read through h5py; `.keras` from where it lies in the archive."""
+    """One Keras file, read through h5py; the HDF5 file in a `.keras` is read in place."""
 
     of_layers = True
     endings = (".keras", ".h5", ".hdf5")
-    kind = "a file of Keras"
+    kind = "a Keras file"
     not_copied = (
-        "files of Keras are only read. Repair its kernels and give them back to the model: kernels "
+        "wellcond only reads Keras files. Repair its kernels and assign them to the model: kernels "
         "= {layer.name + '/kernel': layer.kernel for layer in model.layers if type(layer).__name__ "
         "in ('Dense', 'Conv2D')}; safetensors.torch.save_file({name: "
         "torch.tensor(numpy.array(kernel)).reshape(-1, kernel.shape[-1]) for name, kernel in "
         "kernels.items()}, other); repair that file; then kernels[name].assign(W.reshape("
-        "kernels[name].shape)) for each name and W that load_file reads"
+        "kernels[name].shape)) for each name and W that load_file returns"
     )
 
     def __init__(self, path: Path) -> None:
@@ -88,7 +89,7 @@ class Keras(TensorFile):
             raise UnreadableError(_OTHER.format(path))
 
     def _add_layer(self, group: Group, layer: Layer, name: str) -> None:
-        """The variables of a layer, and of all layers in it."""
+        """Adds the variables of a layer, and of all layers in it."""
         arrays = group.groups.get("vars", Group()).arrays
         codes = any("int" in array.dtype and len(array.shape) > 1 for array in arrays.values())
         for number, array in sorted(arrays.items(), key=lambda one: (len(one[0]), one[0])):
@@ -106,7 +107,7 @@ class Keras(TensorFile):
                 self._add_container(inner, attribute, layer, name)
 
     def _add_container(self, group: Group, attribute: str, layer: Layer, name: str) -> None:
-        """The layers in a list, tuple or dict; a config is theirs only if it has their names."""
+        """Adds the layers in a list, tuple or dict; uses a config only if the names agree."""
         configs = _members(layer, "layers" if attribute in _CONTAINERS else attribute)
         named = attribute in (*_CONTAINERS, "cells")
         above = name if named else f"{name}/{attribute}".lstrip("/")
@@ -120,7 +121,7 @@ class Keras(TensorFile):
             self._add_layer(inner, known, _path_of(inner, member, above, named))
 
     def _add_named(self, group: Group, config: Mapping[str, Any]) -> None:
-        """The variables of a file of Keras 2: a group per layer, in which they lie by name."""
+        """Adds the variables of a Keras 2 file, which has one group per layer."""
         layers = _layers_by_name(config)
         for layer, inner in group.groups.items():
             if group.path == "" and layer in _OPTIMIZERS:
@@ -193,7 +194,7 @@ class Keras(TensorFile):
 
 
 def _members(layer: Layer, key: str) -> dict[str, Layer]:
-    """The layers in a container by the names of their groups: of each class they are counted."""
+    """Returns the layers in a container by the names of their groups, numbered per class."""
     counts: dict[str, int] = {}
     found: dict[str, Layer] = {}
     for saved in layer.members(key):
@@ -204,7 +205,7 @@ def _members(layer: Layer, key: str) -> dict[str, Layer]:
 
 
 def _guess(group: Group, attribute: str, above: Layer) -> Layer:
-    """The layer that an attribute holds, by the name that Keras gives to layers of its class."""
+    """Guesses the layer of an attribute from the name that Keras gives to layers of a class."""
     kind = kind_of(_name_of_layer(group) or attribute)
     return Layer(kind, guess=bool(kind), described=above.described)
 
@@ -214,9 +215,9 @@ def _name_of_layer(group: Group) -> str:
 
 
 def _path_of(group: Group, attribute: str, above: str, by_name: bool) -> str:
-    """The path of a layer: by its name, or by the attribute if the name is a number of its class.
+    """Returns the path of a layer: its name, or the attribute if the name is a numbered class.
 
-    Such numbers count all layers of a process, also those of other models.
+    Such numbers count all layers of a process, including those of other models.
     """
     name = _name_of_layer(group)
     called = name if name and (by_name or not kind_of(name)) else attribute
@@ -224,7 +225,7 @@ def _path_of(group: Group, attribute: str, above: str, by_name: bool) -> str:
 
 
 def _layers_by_name(config: Mapping[str, Any]) -> dict[str, Layer]:
-    """The layers of a model and of the models in it; of two with the same name none."""
+    """Returns the layers of a model and of the models in it, without names that occur twice."""
     found: dict[str, Layer] = {}
     twice: set[str] = set()
     waiting = [config]
@@ -253,7 +254,7 @@ def _parse(text: Any) -> dict[str, Any]:
 
 
 def _find_weights(path: Path) -> tuple[Extent, dict[str, Any]]:
-    """Where the HDF5 file lies, and the config of the model in or beside it; empty if none is."""
+    """Finds the HDF5 file, and the config of the model in or next to the file, if there is one."""
     if not is_archive(whole := Extent.whole(path)):
         other = path.parent / _CONFIG
         beside = path.name == _WEIGHTS and other.is_file() and other.stat().st_size <= _JSON
@@ -272,15 +273,16 @@ def _find_weights(path: Path) -> tuple[Extent, dict[str, Any]]:
         record = named[_WEIGHTS]
         if record.compress_type or record.flag_bits & 1:
             raise UnreadableError(
-                f"{path} must store its {_WEIGHTS} as Keras does, but it is compressed. Unpack it, "
-                f"python -m zipfile -e {path.name} folder, and give folder/{_WEIGHTS}."
+                f"{path} must store {_WEIGHTS} uncompressed, as Keras does, but stores it "
+                f"compressed. Unpack it with `python -m zipfile -e {path.name} folder`, and give "
+                f"the path folder/{_WEIGHTS}."
             )
         with path.open("rb") as file:
             start = find_start(file, whole, record)
     except (OSError, UnreadableError):
         raise
     except DamagedError as error:
-        raise damaged(path, "file of Keras", error) from None
-    except Exception:  # what a damaged directory of the archive leads to
-        raise damaged(path, "file of Keras", "its zip archive is damaged") from None
+        raise damaged(path, "Keras file", error) from None
+    except Exception:  # a damaged archive directory can raise anything
+        raise damaged(path, "Keras file", "its zip archive is damaged") from None
     return Extent(path, start, record.file_size), described

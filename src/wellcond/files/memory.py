@@ -1,4 +1,4 @@
-"""A state dict in memory, read as a file is."""
+"""A state dict in memory, read like a file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from wellcond.files.pieces import pieces_of
 from wellcond.files.stored import describe_tensors, mark_shared
 from wellcond.files.tensors import Rows, TensorFile, Write
 
-# Beside it nothing can lie, and it is neither a file nor a directory.
+# A path that is neither a file nor a directory, next to which there are no files of a checkpoint.
 NOWHERE = Path(os.devnull)
 
 
@@ -50,7 +50,7 @@ class Memory(TensorFile):
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    """On the CPU, in memory of its own: what reads files may change what it has read."""
+    """Copies a tensor to the CPU: callers may change in place what a reader returns."""
     return tensor.to("cpu", copy=True).resolve_neg()
 
 
@@ -59,7 +59,7 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _describe(tensor: Tensor) -> StoredTensor | ForeignTensor:
-    """The tensor as a pickle of it would be described."""
+    """Describes the tensor like one in a pickle."""
     if not _is_plain(tensor):
         kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
         if is_lazy(tensor):
@@ -82,7 +82,7 @@ def _values_of(tensor: Tensor) -> Tensor:
 
 
 def _stored(tensor: Tensor) -> StoredTensor:
-    # By addresses and not by storages, because arrays of NumPy that overlap have several.
+    # The key is the address, not the storage: overlapping NumPy arrays have several storages.
     return StoredTensor(
         str(tensor.device),
         tensor.dtype,

@@ -1,8 +1,8 @@
-"""The values in a file of msgpack; of those that may be long only where they lie.
+"""Reads the values in a msgpack file; for values that may be long, only their places.
 
-See https://github.com/msgpack/msgpack/blob/master/spec.md. A value begins with a byte that says its
-kind, and often its length. What is read takes memory in proportion to the number of values, which
-is bounded; a length is never believed beyond the bytes that are left.
+See https://github.com/msgpack/msgpack/blob/master/spec.md. A value begins with a byte that encodes
+its kind, and often its length. The reader needs memory in proportion to the number of values, which
+is bounded. It refuses a length that exceeds the remaining bytes.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from wellcond.files.tensors import DamagedError
 
 _VALUES = 1 << 20
 _DEPTH = 100
-_TEXT = 1 << 16  # bytes; longer texts are left where they are
+_TEXT = 1 << 16  # bytes; longer strings are not read
 _NUMBERS = {0xCA: ">f", 0xCB: ">d", 0xCC: ">B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q"}
 _NUMBERS |= {0xD0: ">b", 0xD1: ">h", 0xD2: ">i", 0xD3: ">q"}
 _CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
-# By the first byte the kind, and how many bytes the length has; or the length of a fixed one.
+# For each first byte, the kind of the value, and the width of its length or its fixed length.
 _LONG = {0xC4: ("bytes", 1), 0xC5: ("bytes", 2), 0xC6: ("bytes", 4)}
 _LONG |= {0xC7: ("extension", 1), 0xC8: ("extension", 2), 0xC9: ("extension", 4)}
 _LONG |= {0xD9: ("text", 1), 0xDA: ("text", 2), 0xDB: ("text", 4)}
@@ -31,7 +31,7 @@ _FIXED |= {0xA0 + n: ("text", n) for n in range(32)}
 
 @dataclass(frozen=True)
 class Bytes:
-    """Bytes in the file, not read: of a string, or of an extension type with this code."""
+    """Bytes in the file that are not read: a string, or an extension type with this code."""
 
     start: int
     size: int
@@ -44,13 +44,13 @@ class Bytes:
 
 
 class Unpacker:
-    """Reads values of an open file. Whatever it raises says that the file is damaged."""
+    """Reads values of an open file. Any exception means that the file is damaged."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._at, self._stop, self._left = file, 0, 0, _VALUES
 
     def read(self, start: int, stop: int) -> Any:
-        """The one value that these bytes hold: dicts, lists, numbers, texts, None and `Bytes`."""
+        """Returns the value in these bytes: a dict, list, number, string, None or `Bytes`."""
         self._file.seek(start)
         self._at, self._stop = start, stop
         value = self._value(0)
@@ -61,7 +61,7 @@ class Unpacker:
     def _value(self, depth: int) -> Any:
         self._left -= 1
         if self._left < 0 or depth > _DEPTH:
-            raise DamagedError(f"it holds more than {_VALUES:,} values, or {_DEPTH} levels of them")
+            raise DamagedError(f"it contains more than {_VALUES:,} values or {_DEPTH} levels")
         (first,) = self._take(1)
         if first < 0x80 or first >= 0xE0:
             return first if first < 0x80 else first - 0x100
@@ -75,10 +75,10 @@ class Unpacker:
             kind, width = _LONG[first]
             length = int.from_bytes(self._take(width), "big")
         else:
-            raise DamagedError("a value has no kind")
+            raise DamagedError("a value has an unknown kind")
         code = int.from_bytes(self._take(1), "big", signed=True) if kind == "extension" else None
         if length * (2 if kind == "map" else 1) > self._stop - self._at:
-            raise DamagedError("a value goes beyond its end")
+            raise DamagedError("a value extends beyond its end")
         if kind == "map":
             return self._map(length, depth)
         if kind == "list":
@@ -94,7 +94,7 @@ class Unpacker:
         for _ in range(length):
             key = self._value(depth + 1)
             if not isinstance(key, str) and type(key) is not int:
-                raise DamagedError("a key is neither a text nor a whole number")
+                raise DamagedError("a key is neither a string nor an integer")
             if str(key) in found:
                 raise DamagedError("two of its keys are the same")
             found[str(key)] = self._value(depth + 1)

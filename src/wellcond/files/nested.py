@@ -1,4 +1,4 @@
-"""All tensors of nested dicts and lists, and which of these hold no weights."""
+"""Finds all tensors in nested dicts and lists, and the dicts that contain no weights."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from wellcond.recipes.base import TensorClass
 from wellcond.text import list_some
 from wellcond.weights.reasons import Reason, Skipped
 
-# Keys by which a dict is known that holds no weights, and what it is.
+# The keys that identify a dict without weights, and what it is.
 STATES = (
     ({"state", "param_groups"}, Reason.optimizer),
     ({"zero_stage", "partition_count"}, Reason.optimizer),  # of DeepSpeed
     ({"basis", "from_right", "warm"}, Reason.regularizer),
 )
-# A checkpoint of Lightning: its weights are in its `state_dict` alone.
+# A Lightning checkpoint contains weights only in `state_dict`.
 LIGHTNING_VERSION = "pytorch-lightning_version"
 _LIGHTNING = {"state_dict", LIGHTNING_VERSION}
-# More than this no checkpoint has; a small file of shared lists can have any number.
+# Limits that no real checkpoint reaches; a small file of shared lists can exceed any limit.
 _DEPTH, _CONTAINERS, _ITEMS = 100, 200_000, 10_000_000
 _TENSORS, _LETTERS = 300_000, 50_000_000  # of all names together
 _SETTINGS = 1_000_000  # of the weights of torchao together
 
 
-# The attributes of a module that hold what its state dict holds.
+# The attributes of a module that contain the content of its state dict.
 _MODULE = ("_parameters", "_buffers", "_modules")
 _HOLDERS = (StoredTensor, Mapping, list, tuple, Foreign)
 _OBJECTS = "Python objects"
-# Of these there is nothing to say.
+# Objects that the report does not mention.
 _HARMLESS = {"builtins.frozenset", "__builtin__.frozenset"}
 _HARMLESS |= {"builtins.bytearray", "builtins.complex", "builtins.range", "builtins.slice"}
 _HARMLESS |= {"builtins.set", "__builtin__.set", "torch.serialization._get_layout"}
@@ -45,10 +45,10 @@ _HARMLESS |= {str(one) for one in vars(torch).values() if isinstance(one, torch.
 def tensors_in(
     content: Any, path: Path
 ) -> tuple[dict[str, StoredTensor | ForeignTensor], dict[str, Skipped], dict[str, TensorClass]]:
-    """The tensors of a file, names joined by dots, what is in it besides, and weights of torchao.
+    """Returns the tensors of a file with names joined by dots, other content, and torchao weights.
 
-    The tensors of a module that was saved whole, or of a TorchScript program, have the names of its
-    state dict; those of a weight of torchao the names that torchao gives to them in safetensors.
+    The tensors of a saved module or TorchScript program have the names of its state dict. The
+    tensors of a torchao weight have the names that torchao gives to them in safetensors.
     """
     walk = _Walk(path)
     walk.visit(content, "", 0)
@@ -63,22 +63,22 @@ class _Walk:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.containers = self.items = self.letters = self.settings = 0
-        self.names: dict[str, int] = {}  # how often each was wanted
+        self.names: dict[str, int] = {}  # how many tensors would have each name
         self.tensors: dict[str, StoredTensor | ForeignTensor] = {}
         self.others: dict[str, Skipped] = {}
         self.classes: dict[str, TensorClass] = {}
         self.objects: dict[str, dict[str, None]] = {}  # their classes, by the outermost name
         self.seen: set[int] = set()
-        self.inside = False  # what an object is made of: each part once, and its class has no name
+        self.inside = False  # whether the walk is in the parts of an object, each visited once
 
     def visit(self, content: Any, prefix: str, depth: int) -> None:
         self.letters += len(prefix)
         many = len(self.tensors) > _TENSORS or self.settings > _SETTINGS
         if many or self.letters > _LETTERS:
             raise UnreadableError(
-                f"{self.path} must hold at most {_TENSORS:,} tensors, with {_LETTERS:,} letters "
-                f"in their names and {_SETTINGS:,} settings, but holds more. Save the weights in "
-                "several files."
+                f"{self.path} must contain at most {_TENSORS:,} tensors, {_LETTERS:,} characters "
+                f"in their names and {_SETTINGS:,} settings, but contains more. Save the weights "
+                "in several files."
             )
         if isinstance(content, Foreign) and not isinstance(content, ForeignTensor):
             content = self._read_object(content, prefix, depth)
@@ -95,9 +95,9 @@ class _Walk:
             self.items += len(content)
             if depth > _DEPTH or self.containers > _CONTAINERS or self.items > _ITEMS:
                 raise UnreadableError(
-                    f"{self.path} must hold at most {_CONTAINERS:,} dicts and lists, {_DEPTH} "
-                    "within each other, but holds more, or itself. "
-                    "Save only the weights: torch.save(model.state_dict(), path)."
+                    f"{self.path} must contain at most {_CONTAINERS:,} dicts and lists, nested at "
+                    f"most {_DEPTH} levels deep and with {_ITEMS:,} items, but contains more or is "
+                    "recursive. Save only the weights: torch.save(model.state_dict(), path)."
                 )
             keys = set(content) if isinstance(content, Mapping) else set()
             for known, reason in STATES:
@@ -118,7 +118,7 @@ class _Walk:
     def _add_class(
         self, name: str, kind: str, tensors: dict[str, StoredTensor], attributes: dict[str, Any]
     ) -> None:
-        """A weight that is stored as several tensors."""
+        """Adds a weight that is stored as several tensors."""
         self.settings += sum(
             len(one) if isinstance(one, list) else 1 for one in attributes.values()
         )
@@ -130,7 +130,7 @@ class _Walk:
         self.classes[name] = TensorClass(kind, parts, attributes)
 
     def _read_object(self, one: Foreign, name: str, depth: int) -> Any:
-        """What a foreign object holds as tensors may be named."""
+        """Returns the content of a foreign object in a form that can be searched for tensors."""
         if one.name.endswith("Tensor"):  # a class such as ShardedTensor
             return ForeignTensor(one.kind)
         attributes = one.attributes
@@ -142,7 +142,7 @@ class _Walk:
         scripted = one.kind.startswith(SCRIPT)
         if scripted and isinstance(one.state, Mapping):
             return one.state
-        if id(one) in self.seen:  # an object may hold the one that holds it
+        if id(one) in self.seen:  # an object may contain itself
             return None
         self.seen.add(id(one))
         if (array := array_of(one)) is not None:
@@ -150,7 +150,7 @@ class _Walk:
         if not (self.inside or scripted or one.kind in _HARMLESS):
             outermost, *_ = name.split(".")
             self.objects.setdefault(outermost, {})[one.kind] = None
-        # Of what a state dict is made, and of a named tuple, all is in the arguments.
+        # The arguments contain the content of a state dict or a named tuple.
         parts = [*one.arguments, *(part for part in one.states if not isinstance(part, Mapping))]
         parts = [part for part in parts if isinstance(part, _HOLDERS) and id(part) not in self.seen]
         taken = attributes.keys() | one.items.keys()
@@ -164,7 +164,7 @@ class _Walk:
         return attributes | one.items | dict(enumerate(one.elements))
 
     def _visit_trainer(self, content: Any, name: str) -> None:
-        """Says of a trainer's state only whether there are tensors in it."""
+        """Records only whether the state of a trainer contains tensors."""
         tensors, others, classes = self.tensors, self.others, self.classes
         self.tensors, self.others, self.classes = {}, {}, {}
         self.visit(content, name, 1)
@@ -172,7 +172,7 @@ class _Walk:
         self.tensors, self.others, self.classes = tensors, others | found, classes
 
     def _free(self, name: str) -> str:
-        """The name, numbered if it is taken: {"a.b": X, "a": {"b": Y}} has two "a.b"."""
+        """Returns the name, numbered if it exists: {"a.b": X, "a": {"b": Y}} has two "a.b"."""
         free = name
         while free in self.tensors or free in self.classes:
             number = self.names[name] = self.names.get(name, 1) + 1
@@ -180,7 +180,7 @@ class _Walk:
         return free
 
     def _texts_of(self, one: Any) -> set[str]:
-        """The texts in a set, which may be made of a list or added to."""
+        """Returns the strings in a set, from its arguments and the elements added later."""
         if not isinstance(one, Foreign):
             return set()
         lists = [*(part for part in one.arguments if isinstance(part, list)), one.elements]

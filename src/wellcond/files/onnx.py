@@ -1,7 +1,7 @@
-"""An ONNX model: the constants of its graph, with the matrices as which nodes take them.
+"""An ONNX model: the constants of its graph, and the matrices that its nodes make of them.
 
-Data in the file is parsed once and stays in memory while the file is open, which protobuf limits to
-2 GB. Data beside it, in the files that it names, is read when it is needed, row by row.
+The file is parsed once and remains in memory; protobuf limits it to 2 GB. External data, in the
+files that the model names, is read on demand, row by row.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from wellcond.weights.onnx_graph import Constant, EndlessGraphError, Scales, fin
 from wellcond.weights.quantised import FLOATING
 from wellcond.weights.reasons import Reason, Skipped
 
-# The dtypes of torch by the numbers that the format gives to them, and those that torch lacks.
+# The dtypes of torch by their numbers in the format, and those that torch lacks.
 _DTYPES = {1: "float32", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16", 6: "int32", 7: "int64"}
 _DTYPES |= {9: "bool", 10: "float16", 11: "float64", 12: "uint32", 13: "uint64"}
 _DTYPES |= {14: "complex64", 15: "complex128", 16: "bfloat16"}
@@ -43,16 +43,16 @@ _DTYPES |= {17: "float8_e4m3fn", 18: "float8_e4m3fnuz", 19: "float8_e5m2", 20: "
 _DTYPES |= {24: "float8_e8m0fnu"}
 _NARROW = {21: ("uint4", 4), 22: ("int4", 4), 25: ("uint2", 2), 26: ("int2", 2)}
 _CODES = ("uint8", "int8", "uint16", "int16", "int32", *(name for name, _ in _NARROW.values()))
-# Entries that are not in `raw_data`: the field and the numbers in it.
+# The fields for entries that are not in `raw_data`, and the type codes of their numbers.
 _FIELDS = {"float32": "float_data", "complex64": "float_data"}
 _FIELDS |= {"float64": "double_data", "complex128": "double_data", "int64": "int64_data"}
 _FIELDS |= {"uint32": "uint64_data", "uint64": "uint64_data"}
 _TYPES = {"float_data": "f", "double_data": "d", "int32_data": "i", "int64_data": "q"}
-_TYPES |= {"uint64_data": "Q"}  # of array
-_EXTERNAL = 1  # of TensorProto.data_location
-_INTEGERS = 4096  # bytes of a tensor that says how another is rearranged
-_LARGEST = (1 << 31) - 1  # bytes, of protobuf
-# Names that exporters make up: `onnx::MatMul_205`, `val_0`, `/conv/Constant_output_0`.
+_TYPES |= {"uint64_data": "Q"}  # codes of the module `array`
+_EXTERNAL = 1  # a value of TensorProto.data_location
+_INTEGERS = 4096  # bytes of a tensor that contains a shape or a permutation
+_LARGEST = (1 << 31) - 1  # bytes, the limit of protobuf
+# Names that exporters generate: `onnx::MatMul_205`, `val_0`, `/conv/Constant_output_0`.
 _MADE_UP = re.compile(
     r"onnx::.*|(.*/)?_?Constant(_\d+)?(_output_\d+)?(:\d+)?|const_fold_opt_.*|(_?val|_v|tensor)?_?\d+",
     re.DOTALL,
@@ -62,20 +62,21 @@ _KIND = "ONNX model"
 
 @dataclass(frozen=True)
 class _Place:
-    """Where the bytes of a tensor are: in a file beside the model."""
+    """Where the external data of a tensor begins."""
 
     path: Path
     start: int
 
 
 class Onnx(TensorFile):
-    """One ONNX model, with the files beside it that hold its data."""
+    """One ONNX model, with the files that contain its external data."""
 
     endings = (".onnx",)
     kind = "an ONNX model"
     of_graph = True
     not_copied = (
-        "an ONNX model is not written. Repair the checkpoint that was exported, and export again"
+        "wellcond does not write ONNX models. Repair the checkpoint that was exported, and export "
+        "the repaired copy"
     )
 
     def __init__(self, path: Path) -> None:
@@ -83,16 +84,20 @@ class Onnx(TensorFile):
         onnx = import_extra("onnx", path, self.kind)
         if self._state[0] > _LARGEST:
             raise UnreadableError(
-                f"{path} has more than 2 GB, which protobuf does not read. Save it with its data "
-                "beside it: onnx.save(model, path, save_as_external_data=True)."
+                f"{path} must have at most {_LARGEST:,} bytes, the limit of protobuf, but has "
+                f"{self._state[0]:,}. Save the model with external data: "
+                "onnx.save(model, path, save_as_external_data=True)."
             )
         model = onnx.ModelProto()
         try:
             with self._open() as file:
                 model.ParseFromString(file.read())
         except MemoryError:
-            raise UnreadableError(f"{path} needs more memory than there is.") from None
-        except Exception as error:  # protobuf has a class of its own for it
+            raise UnreadableError(
+                f"{path} cannot be read, because there is not enough memory. Use a machine with "
+                "more memory."
+            ) from None
+        except Exception as error:  # protobuf raises its own class
             raise damaged(path, _KIND, str(error).rstrip(".")) from None
         if not model.HasField("graph"):
             raise damaged(path, _KIND, "it has no graph")
@@ -111,7 +116,7 @@ class Onnx(TensorFile):
     def paths(self) -> list[Path]:
         return [self.path, *self._beside]
 
-    # --- what is in it ----------------------------------------------------------------------------
+    # --- entries ----------------------------------------------------------------------------------
 
     def _entry(self, name: str, constant: Constant) -> Entry:
         shape, stored = constant.shape, _dtype_of(constant.tensor)
@@ -121,8 +126,8 @@ class Onnx(TensorFile):
             dtype = "float32"
         elif scales is not None:
             views = None
-            skipped = Skipped(Reason.quantised, "its scales do not fit it")
-        if views is not None:  # what is stored as a vector may be reshaped
+            skipped = Skipped(Reason.quantised, "its scales do not fit its shape or dtype")
+        if views is not None:  # the graph may reshape a stored vector
             skipped = explain_non_weight(shape if len(shape) != 1 else (1, *shape), dtype)
         elif skipped is None or skipped.reason is Reason.unmultiplied or len(shape) < 2:
             skipped = explain_non_weight(shape, dtype) or skipped
@@ -144,7 +149,7 @@ class Onnx(TensorFile):
         )
 
     def _fits(self, scales: Scales, shape: tuple[int, ...], stored: str) -> bool:
-        """Whether these scales fit codes of this shape."""
+        """Returns whether these scales fit codes of this shape and dtype."""
         scale = self._constants[scales.scale]
         zero = None if scales.zero is None else self._constants[scales.zero]
         known = stored in _CODES or stored.startswith("float8_e4") or stored.startswith("float8_e5")
@@ -155,14 +160,14 @@ class Onnx(TensorFile):
         return _spread_shape(scale.shape, shape, scales) is not None
 
     def _check(self, name: str, constant: Constant) -> None:
-        """Raises DamagedError unless the tensor has its entries; notes where they are."""
+        """Raises DamagedError unless all entries of the tensor exist; records external data."""
         tensor, shape = constant.tensor, constant.shape
         if constant.skipped is not None and constant.skipped.reason is Reason.not_dense:
             return
         if any(side < 0 for side in shape):
-            raise DamagedError(f"{name} has the shape {shape}")
+            raise DamagedError(f"{name} has the invalid shape {shape}")
         if tensor.HasField("segment"):
-            raise DamagedError(f"{name} is stored in segments, which no writer leaves")
+            raise DamagedError(f"{name} is stored in segments, which no exporter writes")
         dtype, count = _dtype_of(tensor), 0 if 0 in shape else math.prod(shape)
         if tensor.data_location == _EXTERNAL:
             self._places[name] = self._find(name, tensor, _size_of(tensor, count))
@@ -180,7 +185,7 @@ class Onnx(TensorFile):
             )
 
     def _find(self, name: str, tensor: Any, size: int) -> _Place:
-        """Where the data of a tensor lies, in a file within the folder of the model."""
+        """Returns where the data of a tensor is, in a file within the folder of the model."""
         given = {one.key: one.value for one in tensor.external_data}
         location = given.get("location", "")
         inside = PurePosixPath(location)
@@ -191,7 +196,7 @@ class Onnx(TensorFile):
         path = self.path.parent / inside
         try:
             real = path.resolve(strict=True)
-            # Of a cache of a hub, both are links to files in one folder.
+            # In the cache of a hub, both are links to files in one folder.
             folders = (self.path.parent.resolve(), self.path.resolve().parent)
             within = real.is_file() and any(real.is_relative_to(one) for one in folders)
             if within and path not in self._beside:
@@ -199,16 +204,20 @@ class Onnx(TensorFile):
                     self._beside[path] = state_of(file)
         except (OSError, ValueError, RuntimeError):
             raise UnreadableError(
-                f"{self.path} needs the file {location!r} beside it, which cannot be read. Fetch "
-                "it, or keep both in one folder."
+                f"{self.path} needs its external data {location!r}, but this file cannot be read. "
+                "Fetch it into the folder of the model."
             ) from None
         if not within:
-            raise DamagedError(f"{name} is in {location!r}, which is no file within the folder")
+            raise DamagedError(
+                f"{name} is in {location!r}, which is not a file within the folder of the model"
+            )
         try:
             start = int(given.get("offset") or 0)
             length = int(given.get("length") or size)
         except ValueError:
-            raise DamagedError(f"{name} has an offset or a length that is no number") from None
+            raise DamagedError(
+                f"the offset and the length of {name} in {location!r} must be integers"
+            ) from None
         if length != size:
             raise DamagedError(f"{name} must have {size:,} bytes in {location}, but has {length:,}")
         if start < 0 or start + size > self._beside[path][0]:
@@ -238,7 +247,7 @@ class Onnx(TensorFile):
             yield from pieces_of(self.read(name))
 
     def _stored(self, name: str, rows: Rows | None = None) -> Tensor:
-        """The entries as they are stored; codes of 4 bits and less as int32."""
+        """Returns the stored entries; codes of at most 4 bits as int32."""
         constant = self._constants[name]
         tensor, shape = constant.tensor, constant.shape
         place, count = self._places.get(name), math.prod(shape)
@@ -267,14 +276,20 @@ class Onnx(TensorFile):
         buffer = self._memory_for(size, name)
         with place.path.open("rb") as file:
             if state_of(file) != self._beside[place.path]:
-                raise UnreadableError(f"{place.path} has changed while it was read.")
+                raise UnreadableError(
+                    f"{place.path} has changed while it was read. Try again when no program writes "
+                    "to it."
+                )
             file.seek(place.start + start)
             if file.readinto(buffer) != size:
-                raise UnreadableError(f"{place.path} has become shorter while it was read.")
+                raise UnreadableError(
+                    f"{place.path} has become shorter while it was read. Try again when no program "
+                    "writes to it."
+                )
         return buffer
 
     def _dequantised(self, name: str, scales: Scales) -> Tensor:
-        """(codes - zero) scale, in float32 as the operator computes it."""
+        """Returns (codes - zero) scale, in float32 like the operator DequantizeLinear."""
         codes = self._stored(name).float()
         scale = _spread(self._stored(scales.scale).float(), codes.shape, scales)
         if scales.zero is not None:
@@ -282,7 +297,7 @@ class Onnx(TensorFile):
         return codes.mul_(scale)
 
     def _read_integers(self, tensor: Any) -> list[int] | None:
-        """The entries of a small tensor of integers; None of all others."""
+        """Returns the entries of a small integer tensor; None for other tensors."""
         count = math.prod(tensor.dims)
         if tensor.data_type not in (6, 7) or tensor.data_location == _EXTERNAL:
             return None
@@ -296,13 +311,13 @@ class Onnx(TensorFile):
 
 
 def _is_listed(constant: Constant) -> bool:
-    """Whether a user may want to know of it: of the constants in nodes, only of matrices."""
+    """Returns whether the report lists a constant; for constants in nodes, only if a matrix."""
     if constant.initializer or constant.views is not None:
         return True
     return len(constant.shape) > 1 and _dtype_of(constant.tensor) in FLOATING
 
 
-# --- a tensor as the format stores it -------------------------------------------------------------
+# --- stored tensors -------------------------------------------------------------------------------
 
 
 def _dtype_of(tensor: Any) -> str:
@@ -324,7 +339,7 @@ def _bits(tensor: Any) -> int:
 
 
 def _size_of(tensor: Any, count: int) -> int:
-    """How many bytes so many entries take."""
+    """Returns the number of bytes of `count` entries."""
     return -(-count * _bits(tensor) // 8)
 
 
@@ -333,14 +348,14 @@ def _field_of(tensor: Any) -> Any:
 
 
 def _length_of(tensor: Any, count: int) -> int:
-    """How many numbers of the field so many entries take."""
+    """Returns how many numbers of the field `count` entries need."""
     if tensor.data_type in _NARROW:
         return _size_of(tensor, count)
     return count * (2 if _dtype_of(tensor).startswith("complex") else 1)
 
 
 def _encoded(tensor: Any, width: int) -> bytearray:
-    """The bytes of entries that a field stores as numbers; each entry takes `width` of them."""
+    """Returns the bytes of entries that a field stores as numbers, `width` bytes per entry."""
     name = _FIELDS.get(_dtype_of(tensor), "int32_data")
     wide = array(_TYPES[name], getattr(tensor, name))
     if not wide or wide.itemsize <= width:
@@ -350,7 +365,7 @@ def _encoded(tensor: Any, width: int) -> bytearray:
 
 
 def _unpacked(tensor: Any, data: bytearray | None, count: int) -> Tensor:
-    """Codes of 4 or 2 bits, the first in the lowest bits of a byte."""
+    """Unpacks codes of 4 or 2 bits; the lowest bits of a byte contain the first code."""
     name, bits = _NARROW[tensor.data_type]
     if data is None:
         raw = tensor.HasField("raw_data")
@@ -364,7 +379,7 @@ def _unpacked(tensor: Any, data: bytearray | None, count: int) -> Tensor:
 def _spread_shape(
     of: tuple[int, ...], shape: tuple[int, ...], scales: Scales
 ) -> tuple[int, ...] | None:
-    """The shape with which scales of shape `of` are broadcast to codes; None if they do not fit."""
+    """Returns the shape in which scales of shape `of` broadcast to codes; None if none fits."""
     if math.prod(of) == 1:
         return (1,) * len(shape)
     if not -len(shape) <= scales.axis < len(shape):
@@ -379,7 +394,7 @@ def _spread_shape(
 
 
 def _spread(scale: Tensor, shape: torch.Size, scales: Scales) -> Tensor:
-    """Scales that can be multiplied with codes of this shape."""
+    """Returns the scales in a form that can be multiplied with codes of this shape."""
     known = _spread_shape(tuple(scale.shape), tuple(shape), scales)
     assert known is not None
     scale = scale.reshape(known)

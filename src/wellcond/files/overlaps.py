@@ -1,4 +1,4 @@
-"""Tensors of one file that share memory: the same one twice, a part of another, or a muddle."""
+"""Tensors of one file that share memory: tied tensors, parts of others, and other overlaps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from wellcond.weights.reasons import Reason, Skipped
 
 
 def repeats(tensor: StoredTensor) -> bool:
-    """Whether entries share memory, as they do in what `expand` returns."""
+    """Returns whether entries of a tensor share memory, as after `expand`."""
     reach = 1
     for stride, size in sorted(zip(tensor.stride, tensor.shape, strict=True)):
         if size > 1:
@@ -25,7 +25,7 @@ def repeats(tensor: StoredTensor) -> bool:
 def shared_memory(
     tensors: Mapping[str, StoredTensor],
 ) -> tuple[dict[str, Skipped], list[tuple[str, str]]]:
-    """Which tensors are another one, or a part of it; and which pairs overlap otherwise."""
+    """Finds tensors that are another tensor or a part of one, and pairs that overlap otherwise."""
     skipped: dict[str, Skipped] = {}
     overlapping: list[tuple[str, str]] = []
     first: dict[tuple[object, ...], str] = {}
@@ -47,7 +47,7 @@ def shared_memory(
 
 
 def _clusters(tensors: Mapping[str, StoredTensor]) -> Iterator[list[str]]:
-    """Names of tensors the memory of which interleaves, several together."""
+    """Yields the names of each group of tensors with interleaved memory."""
     cluster: list[str] = []
     end = ("", 0)
     for name in sorted(tensors, key=lambda name: (tensors[name].key, tensors[name].start)):
@@ -63,10 +63,14 @@ def _clusters(tensors: Mapping[str, StoredTensor]) -> Iterator[list[str]]:
 
 
 def _owners(tensors: list[StoredTensor]) -> Iterator[tuple[int, int, bool]]:
-    """Which tensor of a cluster, from large to small, has entries of which before; whether all."""
+    """Yields the tensors, sorted from large to small, that share entries with an earlier one.
+
+    Each result contains the index of the tensor, the index of the earlier tensor, and whether this
+    contains all entries of the tensor.
+    """
     start = min(tensor.start for tensor in tensors)
     size = max(tensor.start + tensor.span for tensor in tensors) - start
-    if tensors[0].nbytes == size:  # it has everything
+    if tensors[0].nbytes == size:  # the largest contains all others
         yield from ((index, 0, True) for index in range(1, len(tensors)))
         return
     unit = math.gcd(*(n for t in tensors for n in (t.dtype.itemsize, t.start - start)))

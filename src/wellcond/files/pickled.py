@@ -1,4 +1,4 @@
-"""A file of torch.save: its pickle is read by `inert`, its tensors by their place in the file."""
+"""A torch.save file: `inert` reads its pickle, and its tensors are read by offset."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from wellcond.files.stored import StoredFile, describe_tensors, mark_shared, vie
 from wellcond.files.tensors import NoTensorsError, UnreadableError, Write
 from wellcond.weights.reasons import Reason, Skipped
 
-_KIND = "file of torch.save"
+_KIND = "torch.save file"
 
 
 class Pickled(StoredFile):
-    """One file of torch.save."""
+    """One torch.save file."""
 
     endings = (".pt", ".pth", ".bin", ".ckpt", ".pth.tar", ".pt.tar")
 
@@ -41,7 +41,7 @@ class Pickled(StoredFile):
         content = self._load()
         if not self._tensors and all(w.reason is Reason.objects for w in self.others.values()):
             found = _without_tensor(content, self.others)
-            raise NoTensorsError(f"{path} must hold a dict of tensors, but holds {found}")
+            raise NoTensorsError(f"{path} must contain a dict of tensors, but contains {found}")
         self.entries = describe_tensors(self._tensors)
         self._check_placeholders(content)
         self._leave_out_parts()
@@ -59,7 +59,7 @@ class Pickled(StoredFile):
         return saved.content
 
     def _check_placeholders(self, content: Any) -> None:
-        """Raises if the parameters are empty, as DeepSpeed's ZeRO-3 saves them elsewhere."""
+        """Raises if the parameters are empty, because DeepSpeed ZeRO-3 saves them elsewhere."""
         groups = content.get("param_shapes") if isinstance(content, Mapping) else None
         if not isinstance(groups, list) or not all(isinstance(one, Mapping) for one in groups):
             return
@@ -67,8 +67,8 @@ class Pickled(StoredFile):
         shapes = [self.entries[name].shape for name in names if name in self.entries]
         if shapes and all(0 in shape for shape in shapes):
             raise UnreadableError(
-                f"{self.path} must hold weights, but holds empty tensors in place of them: with "
-                f"DeepSpeed's ZeRO-3 the values lie in the files *_optim_states.pt. {ZERO}."
+                f"{self.path} must contain weights, but contains only empty tensors: DeepSpeed "
+                f"ZeRO-3 stores the values in the files *_optim_states.pt. {ZERO}."
             )
 
     @contextlib.contextmanager
@@ -89,36 +89,33 @@ class Pickled(StoredFile):
     def _overwrite(
         self, target: Path, name: str, new: Tensor, storages: Mapping[str, Region]
     ) -> str:
-        """Gives a tensor new values in a copy that has these storages; returns the one it changes.
-
-        The check sums stay as they are.
-        """
+        """Overwrites a tensor in a copy, without updating the checksums; returns its storage."""
         tensor = self._tensors[name]
         assert isinstance(tensor, StoredTensor)
         start = storages[tensor.key].start + tensor.start
         buffer = self._memory_for(tensor.span, name)
         with target.open("r+b") as file:
             file.seek(start)
-            file.readinto(buffer)  # between its entries may lie those of another
+            file.readinto(buffer)  # there may be entries of other tensors between its entries
             flat = self._flat(buffer, tensor.dtype)
             view_of(flat, tensor).copy_(new)
-            self._flat(buffer, tensor.dtype)  # in the order of bytes that it had
+            self._flat(buffer, tensor.dtype)  # restores the byte order of the file
             file.seek(start)
             file.write(buffer)
         return tensor.key
 
 
 def _without_tensor(content: Any, others: Mapping[str, Skipped]) -> str:
-    """What a file holds that has no tensor, and the way out."""
+    """Describes the content of a file without tensors, and states the remedy."""
     if isinstance(content, Mapping) and LIGHTNING_VERSION in content:
         return (
-            "the state of a trainer of Lightning and no tensor. The weights of a sharded "
-            "checkpoint lie beside meta.pt: give its folder."
+            "the state of a Lightning trainer and no tensor. The weights of a sharded checkpoint "
+            "are in the same folder as meta.pt: give the path of this folder."
         )
     kind = content.kind if isinstance(content, Foreign) else type(content).__name__
     article = "an" if kind[0].lower() in "aeiou" else "a"
     besides = "".join(
-        f"; beside it are Python objects that are not read: {why.detail}"
+        f"; its Python objects are not read: {why.detail}"
         for why in others.values()
         if kind == "dict"
     )

@@ -1,4 +1,4 @@
-"""The entries of a tensor in pieces, so that one of any size is read in little memory."""
+"""Yields the entries of a tensor in pieces, so that a tensor of any size needs little memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PIECE = 1 << 22  # entries
 
 
 def pieces_of(tensor: Tensor) -> Iterator[Tensor]:
-    """The entries of a tensor in memory; none of one without floating point entries of its own."""
+    """Yields the entries of a tensor in memory, if it stores floating point or complex entries."""
     floating = tensor.is_floating_point() or tensor.is_complex()
     if tensor.is_meta or not (floating and _convertible(tensor.dtype)):
         return
@@ -23,7 +23,7 @@ def pieces_of(tensor: Tensor) -> Iterator[Tensor]:
         tensor = tensor._values()
     steps = zip(tensor.stride(), tensor.shape, strict=True)
     stored = 1 + sum(stride * (length - 1) for stride, length in steps)
-    if stored < tensor.numel():  # entries share memory, as of what `expand` returns
+    if stored < tensor.numel():  # entries share memory, as after `expand`
         tensor = tensor.as_strided((stored,), (1,))
     if tensor.is_contiguous():
         flat = tensor.view(-1)
@@ -34,7 +34,7 @@ def pieces_of(tensor: Tensor) -> Iterator[Tensor]:
 
 @functools.cache
 def _convertible(dtype: torch.dtype) -> bool:
-    """Whether torch computes with it; it does not with pairs of float4 in a byte."""
+    """Returns whether torch computes with a dtype; it does not with pairs of float4 in a byte."""
     try:
         wide = torch.complex64 if dtype.is_complex else torch.float32
         torch.empty(1, dtype=dtype, device="cpu").to(wide)

@@ -1,4 +1,4 @@
-"""A copy of a checkpoint in which weights that recipes build are plain tensors of safetensors."""
+"""Writes a copy of a checkpoint in which weights that recipes build are plain tensors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from wellcond.recipes.base import QUANTIZATION, Recipe, configs_in
 from wellcond.text import list_some
 from wellcond.weights.matrices import entries
 
-# The settings of the quantisation, inside of config.json and in files of their own.
+# The settings of the quantisation, in config.json and in separate files.
 _SETTINGS = (*QUANTIZATION, "quantization")
 _FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 _DTYPE = ("dtype", "torch_dtype")
@@ -35,9 +35,9 @@ class PlainWeight:
     """A weight that becomes one tensor.
 
     Attributes:
-        recipe: how it is built.
-        dtype: in which it is written.
-        values: its entries in the order of memory, in as many tensors as it takes.
+        recipe: the recipe that builds it.
+        dtype: the dtype in which it is written.
+        values: returns its entries in memory order, in one or several tensors.
     """
 
     recipe: Recipe
@@ -46,9 +46,9 @@ class PlainWeight:
 
 
 def dtype_of(recipe: Recipe, config: Mapping[str, Any]) -> torch.dtype:
-    """The dtype that a weight has in a plain checkpoint.
+    """Returns the dtype of a weight in a plain checkpoint.
 
-    That is what its parts say, or else config.json; float32 where neither does.
+    Its parts determine the dtype, or else config.json; the default is float32.
     """
     named = [recipe.dtype, *(one.get(key) for one in configs_in(config) for key in _DTYPE)]
     known = (_DTYPES[one] for one in named if isinstance(one, str) and one in _DTYPES)
@@ -59,19 +59,20 @@ def check_plain(checkpoint: Checkpoint, recipes: Iterable[Recipe], alone: bool) 
     """Checks that weights can be written in the place of their parts.
 
     Args:
-        checkpoint: that has the weights.
-        recipes: theirs.
+        checkpoint: the checkpoint that contains the weights.
+        recipes: the recipes of the weights.
         alone: whether the copy is one file.
 
     Raises:
-        ValueError: a file is no safetensors file, or holds what that cannot store.
+        ValueError: a file is not a safetensors file, or contains data that safetensors cannot
+            store.
     """
     recipes = list(recipes)
     split = [one.label for one in recipes if _is_split(checkpoint, one)]
     if split:
         raise ValueError(
-            f"{list_some(split)} must be stored whole to be dequantised, but are split over "
-            "several files. Join these first."
+            f"The parts of {list_some(split)} must each be stored in one file to be dequantised, "
+            "but are split over several files. Join these first."
         )
     parts = {part for one in recipes for part in one.parts}
     changed = {checkpoint.stored[part][0] for part in parts}
@@ -81,13 +82,13 @@ def check_plain(checkpoint: Checkpoint, recipes: Iterable[Recipe], alone: bool) 
         if not (alone or isinstance(file, Safetensors)):
             raise ValueError(
                 f"{file.path.name} must be a safetensors file to be dequantised, but is not. Give "
-                "the path of one file, and a path_out that ends in .safetensors."
+                "the path of a single file, and a path_out that ends in .safetensors."
             )
         for name, (holder, entry) in checkpoint.stored.items():
             if holder is file and entry.skipped and entry.skipped.reason in NO_PARTS:
                 raise ValueError(
-                    f"{file.path.name} must hold plain tensors besides the weights that are "
-                    f"dequantised, but {name} is {entry.skipped}."
+                    f"{file.path.name} must contain only plain tensors and the weights to "
+                    f"dequantise, but {name} is {entry.skipped}. Remove it from the file."
                 )
 
 
@@ -95,9 +96,10 @@ def write_plain(copied: Checkpoint, target: Path, weights: Mapping[str, PlainWei
     """Writes the weights in the place of their parts.
 
     Args:
-        copied: a copy of the checkpoint that belongs to nobody else.
-        target: a file, if the copy is one; else the directory of the copy, which is changed.
-        weights: by name.
+        copied: a copy of the checkpoint that no other program uses.
+        target: a file, if the copy is one file; otherwise the directory of the copy, which is
+            changed.
+        weights: the weights by name.
     """
     first = {one.recipe.parts[0]: one for one in weights.values()}
     parts = {part for one in weights.values() for part in one.recipe.parts}
@@ -107,7 +109,7 @@ def write_plain(copied: Checkpoint, target: Path, weights: Mapping[str, PlainWei
         own = {name: entry for name, (holder, entry) in copied.stored.items() if holder is file}
         items: list[Item] = []
         for name, entry in own.items():
-            # What the index says to be in another file is not meant here.
+            # The index may assign this name to another file.
             doubled = (copied.index or {}).get(entry.name, file_name) != file_name
             if name in first:
                 one = first[name]
@@ -125,7 +127,7 @@ def write_plain(copied: Checkpoint, target: Path, weights: Mapping[str, PlainWei
         if len(items) == len(own) and parts.isdisjoint(own):
             continue
         metadata = file.metadata
-        if "tensor_names" in metadata:  # by torchao, which describes each of them
+        if "tensor_names" in metadata:  # torchao describes each tensor in the metadata
             described = {"tensor_names", *weights, *own}
             metadata = {key: text for key, text in metadata.items() if key not in described}
         with _replacing(file.path, target if not target.is_dir() else file.path) as path:
@@ -146,15 +148,15 @@ def _reader(file: TensorFile, entry: Entry) -> Callable[[], Iterable[Tensor]]:
 
 @contextlib.contextmanager
 def _replacing(old: Path, target: Path) -> Iterator[Path]:
-    """A path for a new file, which then becomes the target, with the permissions of the old one."""
-    path = old.with_name(f"{old.name}.{uuid.uuid4().hex}")  # which no file has that was copied
+    """Yields a path for a new file, which then replaces the target and has the mode of the old."""
+    path = old.with_name(f"{old.name}.{uuid.uuid4().hex}")  # a name that no copied file has
     yield path
     shutil.copymode(old, path)
     os.replace(path, target)
 
 
 def _adapt_settings(folder: Path, dtypes: set[torch.dtype]) -> None:
-    """Removes what says that the weights are quantised."""
+    """Removes the settings of the quantisation."""
     for name in _FILES:
         (folder / name).unlink(missing_ok=True)
     path = folder / "config.json"
@@ -173,7 +175,7 @@ def _adapt_settings(folder: Path, dtypes: set[torch.dtype]) -> None:
 
 
 def _adapt_index(folder: Path, places: Mapping[str, str], count: int) -> None:
-    """Names the tensors that there are now, and how many entries and bytes they have."""
+    """Updates the index with the tensors of the copy, and their numbers of entries and bytes."""
     (path,) = folder.glob(f"*{INDEX}")
     index = json.loads(path.read_text())
     index["weight_map"] = dict(sorted(places.items()))

@@ -1,4 +1,4 @@
-"""A safetensors file: read by offset, so that only one tensor is ever in memory."""
+"""A safetensors file, read by offset, so that at most one tensor is in memory at a time."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from wellcond.files.tensors import (
     explain_non_weight,
 )
 
-# The dtypes of torch by the names that the format gives to them.
+# The dtypes of torch by their names in the format.
 _INTEGERS = {"BOOL": "bool", "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64"}
 _INTEGERS |= {"I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"}
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -39,17 +39,16 @@ _OTHER_FLOATS = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 _OTHER_FLOATS |= {"F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz"}
 _OTHER_FLOATS |= {"F8_E8M0": "float8_e8m0fnu"}
 _NAMES = _FLOATS | _INTEGERS | _OTHER_FLOATS
-# The format allows 100 MB, and some 20 times that is what Python makes of it. A third of a million
-# tensors fit into this.
+# The format allows 100 MB, which need about 2 GB in Python. 32 MB hold about 330,000 tensors.
 _HEADER = 32 << 20
 _END = 1 << 63
-# Of a tensor to be written: the name, the dtype as `Entry` has it, the shape, and a function that
-# returns its entries in the order of memory, in one tensor or several.
+# A tensor to be written: its name, its dtype as in `Entry`, its shape, and a function that returns
+# its entries in memory order, in one or several tensors.
 Item = tuple[str, str, tuple[int, ...], Callable[[], Iterable[Tensor]]]
 
 
 class Safetensors(TensorFile):
-    """One file of safetensors."""
+    """One safetensors file."""
 
     endings = (".safetensors",)
 
@@ -62,7 +61,7 @@ class Safetensors(TensorFile):
             name: [start + offset for offset in entry["data_offsets"]]
             for name, entry in header.items()
         }
-        # Of tensors that are one, `save_model` keeps a name, and writes to it from the others.
+        # `save_model` stores a tied tensor once, and maps its other names to this name.
         aliases: dict[str, list[str]] = {}
         for other, kept in metadata.items():
             if other not in header:
@@ -132,15 +131,15 @@ class Safetensors(TensorFile):
 
 
 def write_safetensors(path: Path, items: Sequence[Item], metadata: Mapping[str, str]) -> None:
-    """Writes a file of tensors, of which one is in memory at a time.
+    """Writes a file of tensors, with at most one of them in memory at a time.
 
     Args:
-        path: of the file, which must not exist.
+        path: the path of the file, which must not exist.
         items: the tensors, in the order of the file.
-        metadata: texts by name.
+        metadata: strings by name.
 
     Raises:
-        ValueError: a tensor has a dtype that the format lacks, or other entries than its shape.
+        ValueError: the format lacks the dtype of a tensor, or its entries do not fit its shape.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     codes = {name: code for code, name in _NAMES.items()}
@@ -148,7 +147,10 @@ def write_safetensors(path: Path, items: Sequence[Item], metadata: Mapping[str, 
     for name, dtype, shape, _ in items:
         code = codes.get(dtype, dtype)
         if not (bits := _bits(code)):
-            raise ValueError(f"{name} has the dtype {dtype}, which safetensors cannot store.")
+            raise ValueError(
+                f"{name} must have a dtype that safetensors can store, but has {dtype}. Convert it "
+                "to another dtype."
+            )
         start, end = end, end + math.prod(shape) * bits // 8
         header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
@@ -164,11 +166,13 @@ def write_safetensors(path: Path, items: Sequence[Item], metadata: Mapping[str, 
                 file.write(buffer)
             start, end = header[name]["data_offsets"]
             if file.tell() - begin != end - start:
-                raise ValueError(f"{name} must have {end - start:,} bytes, but has others.")
+                raise ValueError(
+                    f"{name} must have {end - start:,} bytes, but has {file.tell() - begin:,}."
+                )
 
 
 def _bits(dtype: Any) -> int:
-    """The bits of a value of a dtype as the format calls it; 0 if that is not a dtype."""
+    """Returns the number of bits of a dtype of the format; 0 if it is not a dtype."""
     if dtype == "BOOL":
         return 8
     found = re.match(r"[A-Z]+(\d+)", dtype) if isinstance(dtype, str) else None
@@ -176,26 +180,26 @@ def _bits(dtype: Any) -> int:
 
 
 def _dtype(entry: Entry) -> torch.dtype:
-    """The dtype; uint8 for what torch has no dtype for, such as pairs of float4."""
+    """Returns the dtype; uint8 if torch lacks it, such as pairs of float4."""
     dtype = getattr(torch, entry.dtype, None)
     return dtype if isinstance(dtype, torch.dtype) else torch.uint8
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header of a file, checked against its size, and where the bytes of tensors begin."""
+    """Returns the header of a file, checked against its size, and the start of its tensors."""
     with path.open("rb") as file:
         begin = file.read(8)
-        if begin.startswith(b"PK\x03\x04"):  # as a length it would be above the limit
+        if begin.startswith(b"PK\x03\x04"):  # read as a length, it would exceed the limit
             raise UnreadableError(
-                f"{path} must be a safetensors file, but is a zip archive, as torch.save writes "
-                "them. Then its name must end in .pt."
+                f"{path} must be a safetensors file, but is a zip archive. If torch.save wrote it, "
+                "rename it so that its name ends in .pt."
             )
         length = int.from_bytes(begin, "little")
         if length > _HEADER:
             raise UnreadableError(
-                f"{path} must be a safetensors file, the header of which has at most {_HEADER:,} "
-                f"bytes, but this says {length:,}. It is another kind of file, or damaged, or "
-                "holds more tensors than belong in one file: save them in several."
+                f"{path} must be a safetensors file with a header of at most {_HEADER:,} bytes, "
+                f"but its header has {length:,}. It is another kind of file, damaged, or contains "
+                "too many tensors: fetch it again, or save the tensors in several files."
             )
         try:
             header = json.loads(file.read(length).decode())
@@ -208,18 +212,18 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def _check(header: Any, stored: int) -> None:
-    """Raises unless the header describes each of the bytes that are stored, and each once.
+    """Raises unless the header describes each stored byte exactly once.
 
-    The library that writes such files checks the same, but maps them so that the check asks for as
-    much memory as they are long.
+    The safetensors library checks the same, but it maps the file, which requires as much address
+    space as the file is long.
     """
     if not isinstance(header, dict):
-        raise DamagedError("its header is not a list of tensors")
+        raise DamagedError("its header is not a JSON object")
     places = []
     for name, entry in header.items():
         if name == "__metadata__":
             if not isinstance(entry, dict) or not all(isinstance(v, str) for v in entry.values()):
-                raise DamagedError("its metadata are not strings")
+                raise DamagedError("the values of its metadata are not strings")
             continue
         try:
             dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -228,17 +232,17 @@ def _check(header: Any, stored: int) -> None:
         except (KeyError, TypeError, ValueError, IndexError):
             numbers = chain([-1])
         if not all(type(number) is int and 0 <= number < _END for number in numbers):
-            raise DamagedError(f"{name} must have a dtype, a shape and a place")
+            raise DamagedError(f"the dtype, shape or offsets of {name} are invalid")
         size = bits
         for length in shape:
-            size = min(size * length, _END)  # millions of lengths would make a very long number
+            size = min(size * length, _END)  # millions of dimensions would make a huge integer
         if size != 8 * (stop - start):
-            raise DamagedError(f"the shape and the dtype of {name} do not fit its place")
+            raise DamagedError(f"the shape and the dtype of {name} do not fit its offsets")
         places.append((start, stop))
     end = 0
     for start, stop in sorted(places):
         if start != end:
-            raise DamagedError("its tensors overlap, or leave gaps")
+            raise DamagedError("its tensors overlap or leave gaps")
         end = stop
     if end != stored:
-        raise DamagedError(f"it must hold {end:,} bytes of tensors, but holds {stored:,}")
+        raise DamagedError(f"it must contain {end:,} bytes of tensors, but contains {stored:,}")

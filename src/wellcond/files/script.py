@@ -1,12 +1,12 @@
-"""A TorchScript program, as torch.jit.save writes it, read for its tensors; its code does not run.
+"""Reads the tensors of a TorchScript program, as torch.jit.save writes it, without running it.
 
-Its pickle holds the modules, of which the source text declares the parameters and the buffers:
+Its pickle contains the modules, and its source text declares their parameters and buffers:
 
     class STFT(Module):
       __parameters__ = []
       __buffers__ = ["basis", ]
 
-A frozen program has no parameters. Its weights are constants, which have numbers and no names.
+A frozen program has no parameters. Its weights are constants, which have numbers instead of names.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from wellcond.weights.kernels import infer_views
 from wellcond.weights.reasons import Reason, Skipped
 
 _KIND = "TorchScript archive"
-_RENAME = "If torch.save wrote it, let its name end in .pt"
-_CONSTANT = "CONSTANTS.c"  # and a number, as the code of the program calls them
-_LOST = "a constant of a frozen program, which has lost its name and perhaps is no weight"
-# What a tensor is within a program. Of a class without source text all may be parameters.
+_RENAME = "If torch.save wrote it, rename it so that its name ends in .pt"
+_CONSTANT = "CONSTANTS.c"  # with a number, the name of a constant in the code of the program
+_LOST = "a constant of a frozen program, which has lost its name and may not be a weight"
+# The role of a tensor in a program. In a class without source text, all tensors may be parameters.
 _PARAMETER, _BUFFER, _ATTRIBUTE = "a parameter", "a buffer", "an attribute"
 _CLASS = re.compile(
     r"^class (\w+)\(Module\):\n  __parameters__ = \[(.*)\]\n(?:  __buffers__ = \[(.*)\]\n)?",
@@ -46,7 +46,7 @@ class Script(StoredFile):
     endings = (".jit", ".torchscript", ".ptl")
     kind = f"a {_KIND}"
     not_copied = (
-        "it is a program, which is not written. Repair its weights: "
+        "wellcond does not write programs. Repair its weights: "
         "torch.save(torch.jit.load(path).state_dict(), other)"
     )
 
@@ -60,9 +60,9 @@ class Script(StoredFile):
             module = records.unpickle("data.pkl", "data")
             constants = records.unpickle("constants.pkl", "constants")
             if not (isinstance(module, Foreign) and isinstance(module.state, Mapping)):
-                raise DamagedError("its pickle holds no module")
+                raise DamagedError("its pickle contains no module")
             if not isinstance(constants, tuple):
-                raise DamagedError("its constants are no tuple")
+                raise DamagedError("its constants are not a tuple")
             numbered = {f"{_CONSTANT}{number}": one for number, one in enumerate(constants)}
             self._tensors, self.others, self.classes = tensors_in(
                 {**module.state, **numbered}, path
@@ -72,7 +72,10 @@ class Script(StoredFile):
             self._swapped = records.swapped
             roles = dict(_find_roles(module, _Source(records)))
         if not self._tensors:
-            raise NoTensorsError(f"{path} must hold tensors, but is a program without any.")
+            raise NoTensorsError(
+                f"{path} must contain tensors, but is a program without any. Audit the model from "
+                "which it was made."
+            )
         self.entries = describe_tensors(self._tensors)
         self._leave_out_parts()
         if _PARAMETER in roles.values():
@@ -82,7 +85,7 @@ class Script(StoredFile):
         self.overlapping = mark_shared(self.entries, self._tensors)
 
     def _leave_out_others(self, roles: Mapping[str, str]) -> None:
-        """What is no parameter is not trained, unless it is the same tensor as one."""
+        """Skips tensors that are not parameters, unless they are tied to one."""
         parameters = {
             id(self._tensors[name]): name for name in self.entries if roles.get(name) == _PARAMETER
         }
@@ -97,10 +100,10 @@ class Script(StoredFile):
                 self.entries[name] = leave_out(entry, role)
 
     def _add_notes(self, roles: Mapping[str, str]) -> None:
-        """Says of the tensors of a frozen program what is not known of them."""
+        """Adds notes to the tensors of a frozen program, which lack their names and roles."""
         self.not_copied = (
-            "it is a frozen program, which is not written. Repair the weights from which it was "
-            "made, and freeze it again"
+            "wellcond does not write frozen programs. Repair the weights from which it was made, "
+            "and freeze it again"
         )
         shapes = {name: entry.shape for name, entry in self.entries.items()}
         for name, entry in self.entries.items():
@@ -113,14 +116,14 @@ class Script(StoredFile):
 
 
 class _Source:
-    """The source text of a program: what each class of a module declares."""
+    """The source text of a program, which declares the tensors of each class."""
 
     def __init__(self, records: Records) -> None:
         self._records = records
         self._read: dict[str, dict[str, dict[str, str]]] = {}  # by file, then by class
 
     def roles_in(self, kind: str) -> dict[str, str] | None:
-        """The roles of the attributes of a class by its full name; None if there is no source."""
+        """Returns the roles of the attributes of a class; None if there is no source text."""
         module, _, name = kind.rpartition(".")
         file = f"code/{module.replace('.', '/')}.py"
         if file not in self._records:
@@ -136,7 +139,7 @@ class _Source:
 
 
 def _find_roles(module: Foreign, source: _Source) -> Iterator[tuple[str, str]]:
-    """The roles of the tensors in a module and in those within it, by their names."""
+    """Yields the names and roles of the tensors in a module and its submodules."""
     modules: list[tuple[str, Foreign]] = [("", module)]
     while modules:
         prefix, one = modules.pop()

@@ -1,4 +1,4 @@
-"""Which tensors of files say that they are slices of larger ones, and how to join these."""
+"""Finds tensors that are slices of larger tensors, and explains how to join them."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from wellcond.weights.reasons import Reason, Skipped
 
 _KEY = "DCP_SHARDING_INFO"  # of torch.distributed.checkpoint, in the metadata of safetensors
 _JOIN = (
-    "join them by torch.distributed.checkpoint.load with a HuggingFaceStorageReader, or save with "
+    "join them with torch.distributed.checkpoint.load and a HuggingFaceStorageReader, or save with "
     "enable_consolidation=True"
 )
-# Of tensor parallelism: mp_rank_00_model_states.pt, mp_rank_00/model_optim_rng.pt and
-# consolidated.00.pth; of FSDP as verl writes it.
+# Tensor parallelism writes mp_rank_00_model_states.pt, mp_rank_00/model_optim_rng.pt or
+# consolidated.00.pth; verl writes world_size_2_rank_0 for FSDP.
 _RANK = re.compile(
     r"((?<![A-Za-z0-9])(?:mp|tp|model_parallel)_rank_|^consolidated\.|world_size_\d+_rank_)(\d+)"
 )
 _DIMENSIONS = 64
 _SHARD = re.compile(r"\d{5}-of-(\d{5})")
-# One file of several processes: shard-00001-model-00001-of-00001.safetensors, as torch calls it.
+# A file of one of several processes: torch writes shard-00001-model-00001-of-00001.safetensors.
 _OF_PROCESS = re.compile(r"(?<![A-Za-z])(shard|rank)[-_]?(\d+)")
 _DIGITS = re.compile(r"\d+")
 
 OF_RANK = Skipped(Reason.slice, "join the ranks with the tool that wrote them")
-REPEATED = Skipped(Reason.slice, "several shards hold it, and no index says which one is meant")
+REPEATED = Skipped(Reason.slice, "several shards contain it, and no index selects one of them")
 
 Offsets = tuple[int, ...]
 
 
 def saved_offsets(metadata: Mapping[str, str]) -> dict[str, Offsets] | None:
-    """Where the tensors of a file begin in those that they are slices of; empty if they are whole.
+    """Returns where the tensors of a file begin in larger tensors; {} if they are not slices.
 
     Returns:
-        None if the file says that it holds slices, but not which.
+        None if the file contains slices, but does not state their offsets.
     """
     if _KEY not in metadata:
         return {}
@@ -54,27 +54,27 @@ def saved_offsets(metadata: Mapping[str, str]) -> dict[str, Offsets] | None:
 
 
 def local_shard(kind: str) -> Skipped:
-    """Why a tensor of a distributed class is left out: a file has the part of one process."""
+    """Returns why a tensor of a distributed class, the part of one process, is skipped."""
     return Skipped(Reason.slice, f"a {kind}: save its full_tensor()")
 
 
 def slice_at(offsets: Sequence[Offsets], why: str = "") -> Skipped:
-    """Why a tensor of which there are slices at these offsets is left out."""
+    """Returns why a tensor with slices at these offsets is skipped."""
     if not offsets:
-        return Skipped(Reason.slice, f"its offsets are not known; {_JOIN}")
+        return Skipped(Reason.slice, f"its offsets are unknown; {_JOIN}")
     return Skipped(Reason.slice, f"at {list_some(map(str, offsets))}; {why or _JOIN}")
 
 
 def find_missing_processes(files: Collection[Path]) -> dict[Path, str]:
-    """Which files are those of one process of several, not all of which have a file here.
+    """Finds files of one of several processes for which files of other processes are missing.
 
-    The tensors cannot tell: nothing says how large the whole of a slice is.
+    The tensors cannot show this, because a file does not state the shape of the complete tensor.
 
     Args:
-        files: those that are read.
+        files: the files that are read.
 
     Returns:
-        What is missing, by each file to which it belongs.
+        For each such file, what is missing and the remedy.
     """
     families: dict[tuple[Path, str], list[tuple[int, Path]]] = {}
     for file in files:
@@ -89,15 +89,18 @@ def find_missing_processes(files: Collection[Path]) -> dict[Path, str]:
         lowest = next(number for number in itertools.count(1) if number not in numbers)
         why = ""
         if unread:
-            why = f"{list_some(unread, limit=2)} must be read with it: give the folder, undamaged"
+            why = (
+                f"{list_some(unread, limit=2)} must be read with it: give the path of the folder, "
+                "with undamaged files"
+            )
         elif lowest < max(numbers):
-            why = f"there are files of {len(numbers)} of {max(numbers)} processes: fetch the others"
+            why = f"only {len(numbers)} of {max(numbers)} processes have a file: fetch the others"
         missing |= {file: why for _, file in members if why}
     return missing
 
 
 def one_of_ranks(path: Path) -> bool:
-    """Whether a file, or its folder, is one rank of several that share the weights between them."""
+    """Returns whether a file or its folder is one of several ranks, each with a part of weights."""
     for one in (path, path.parent):
         found = _RANK.search(one.name)
         if found is None:
@@ -113,7 +116,7 @@ def one_of_ranks(path: Path) -> bool:
 
 
 def repeated_in_shards(files: Mapping[str, Iterable[str]]) -> set[str]:
-    """The names that several shards of one checkpoint hold, such as model-00002-of-00003.
+    """Returns the names that several shards of one checkpoint, *-00002-of-00003, contain.
 
     Args:
         files: the names in each file.

@@ -1,4 +1,4 @@
-"""Tensors that lie in storages of a file: what they are, which share memory, and reading them."""
+"""Tensors in storages of a file: describes them, finds shared memory, and reads them."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from wellcond.files.tensors import Entry, Rows, TensorFile, explain_non_weight
 from wellcond.weights.names import find_non_weights
 from wellcond.weights.reasons import Reason, Skipped
 
-# A tensor by its place in a storage, or one of which only shape and dtype are known.
+# A tensor with its place in a storage, or a tensor with known shape and dtype only.
 Described = StoredTensor | ForeignTensor
 
 
 class StoredFile(TensorFile):
-    """A file with storages of which its tensors are views.
+    """A file whose tensors are views of storages.
 
-    A class of it sets `_tensors`, `_storages` and `_swapped`, whether the numbers have the byte
-    order of another machine.
+    A subclass sets `_tensors`, `_storages` and `_swapped`, whether the byte order of the numbers
+    differs from that of this machine.
     """
 
     _tensors: dict[str, Described]
@@ -35,7 +35,7 @@ class StoredFile(TensorFile):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._unpacked: tuple[str, bytes] = "", b""  # of a compressed storage, the last one read
+        self._unpacked: tuple[str, bytes] = "", b""  # the compressed storage that was read last
 
     def read(self, name: str, rows: Rows | None = None) -> Tensor:
         tensor = self._tensors[name]
@@ -73,7 +73,7 @@ class StoredFile(TensorFile):
         return view_of(flat, tensor).resolve_neg()
 
     def _flat(self, buffer: bytearray, dtype: torch.dtype) -> Tensor:
-        """The entries in these bytes, which are brought into the order of this machine first."""
+        """Returns the entries in these bytes, after swapping them to the order of this machine."""
         flat = torch.frombuffer(buffer, dtype=dtype)
         if self._swapped:
             flat.untyped_storage().byteswap(dtype)  # type: ignore[no-untyped-call]
@@ -91,25 +91,25 @@ class StoredFile(TensorFile):
 
 
 def describe_tensors(tensors: Mapping[str, Described]) -> dict[str, Entry]:
-    """An entry per tensor."""
+    """Returns one entry per tensor."""
     return {name: _entry(name, tensor) for name, tensor in tensors.items()}
 
 
 def leave_out(entry: Entry, role: str) -> Entry:
-    """A tensor that is no parameter, but a buffer, say: its exact name includes it."""
+    """Skips a tensor that is not a parameter, such as a buffer; its exact name includes it."""
     return replace(entry, parameter=False, skipped=entry.skipped or Skipped(Reason.buffer, role))
 
 
 def mark_shared(
     entries: dict[str, Entry], tensors: Mapping[str, Described]
 ) -> list[tuple[str, str]]:
-    """Leaves out the matrices that are another one or a part of it; returns pairs that overlap."""
+    """Skips matrices that are another matrix or a part of one; returns pairs that overlap."""
     matrices = {
         name: tensor
         for name, tensor in tensors.items()
         if isinstance(tensor, StoredTensor) and entries[name].skipped is None
     }
-    # Embeddings first: what is tied to one is the same as it, not the other way round.
+    # Embeddings come first, so that a head is reported as tied to its embedding.
     looked_up = find_non_weights({n: (e.shape, e.dtype) for n, e in entries.items()})
     names = sorted(matrices, key=lambda name: name not in looked_up)
     shared, overlapping = shared_memory({name: matrices[name] for name in names})
@@ -119,14 +119,14 @@ def mark_shared(
 
 
 def view_of(flat: Tensor, tensor: StoredTensor) -> Tensor:
-    """The tensor, of the entries from its first to its last."""
+    """Returns the tensor as a view of its entries from the first to the last."""
     view = flat.as_strided(tensor.shape, tensor.stride)
     view = view.conj() if tensor.conj else view
     return torch._neg_view(view) if tensor.neg else view
 
 
 def _of_class(kind: str) -> Skipped:
-    """Why a tensor of a class by this name, which is not one of torch's, is not measured."""
+    """Returns why a tensor of this foreign class is not measured."""
     module, _, name = kind.rpartition(".")
     if module.split(".")[0] == "torchao":
         return Skipped(Reason.torchao, name)

@@ -1,9 +1,9 @@
-"""Weights of torchao's classes, which files store as plain tensors and settings.
+"""Weights of torchao classes, which files store as plain tensors and settings.
 
 `flatten_tensor_state_dict` of torchao stores a weight `0.weight` as `0._weight_qdata`,
-`0._weight_scale` and others, and describes it in the metadata of safetensors. A pickle has the same
-tensors as attributes of an object. They get the same names here, and those of an object within it
-its name too: `0._weight_tensor_impl_scale`.
+`0._weight_scale` and others, and describes it in the metadata of safetensors. In a pickle, the same
+tensors are attributes of an object. wellcond gives them the same names. The names of the attributes
+of an inner object also contain the name of this object, as in `0._weight_tensor_impl_scale`.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import torch
 from wellcond.files.inert import Foreign, ForeignTensor, StoredTensor
 from wellcond.recipes.base import TensorClass
 
-# More than any class has; what says that it has more is left as it is.
+# Limits above the needs of any class; a weight that exceeds them is not taken apart.
 _ATTRIBUTES, _OBJECTS, _LIST, _LETTERS, _END = 64, 4, 16, 200, 1 << 63
 
 
 def name_part(name: str, part: str) -> str:
-    """The name that torchao gives to a part of the weight of this name."""
+    """Returns the name that torchao gives to a part of the weight with this name."""
     module, dot, own = name.rpartition(".")
     return f"{module}{dot}_{own}_{part.replace('.', '_')}"
 
 
 def read_classes(metadata: Mapping[str, str]) -> dict[str, TensorClass]:
-    """The weights that the metadata of safetensors describe; some parts may be in other files."""
+    """Returns the weights in the metadata of safetensors; some parts may be in other files."""
     names = _parse(metadata.get("tensor_names", ""))
     found = {}
     for name in names if isinstance(names, list) else ():
@@ -56,7 +56,7 @@ def _parse(text: str) -> Any:
 
 
 def _of_json(value: Any) -> Any:
-    """As `_plain`, of objects as torchao writes them: {"_type": "torch.dtype", "_data": "int8"}."""
+    """Acts as `_plain` for JSON of torchao, such as {"_type": "torch.dtype", "_data": "int8"}."""
     if isinstance(value, dict):
         kind, data = value.get("_type"), value.get("_data")
         value = data if kind == "torch.dtype" else kind if isinstance(data, dict) else (kind, data)
@@ -66,9 +66,9 @@ def _of_json(value: Any) -> Any:
 def take_apart(
     tensor: ForeignTensor,
 ) -> tuple[dict[str, StoredTensor], dict[str, Any]] | None:
-    """The stored tensors and the settings of a weight; None if it is not one of torchao.
+    """Returns the stored tensors and the settings of a torchao weight; None for another tensor.
 
-    The names of what is in an object within it begin with its name: "tensor_impl.scale".
+    The names of the content of an inner object begin with its name, as in "tensor_impl.scale".
     """
     of_torchao = tensor.kind.startswith("torchao.") and tensor.name.isidentifier()
     if not of_torchao or tensor.values is not None:
@@ -76,7 +76,7 @@ def take_apart(
     parts: dict[str, StoredTensor] = {}
     others: dict[str, Any] = {"shape": tensor.shape, "dtype": tensor.dtype}
     objects = [("", tensor)]
-    for prefix, one in objects:  # to which those are added that it holds
+    for prefix, one in objects:  # the loop appends the inner objects
         for key, value in _attributes(one):
             if len(parts) + len(others) > _ATTRIBUTES or len(objects) > _OBJECTS:
                 return None
@@ -88,7 +88,7 @@ def take_apart(
 
 
 def _attributes(one: Foreign) -> Iterator[tuple[str, Any]]:
-    """The attributes of an object, without a copy of what may be large."""
+    """Yields the attributes of an object, without copying large ones."""
     for state in islice(one.states, 2):
         if isinstance(state, Mapping):
             for key, value in islice(state.items(), _ATTRIBUTES + 1):
@@ -97,9 +97,9 @@ def _attributes(one: Foreign) -> Iterator[tuple[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """A setting as `TensorClass` has it: a dtype is its name, an object the name of its class.
+    """Returns a setting for `TensorClass`: a dtype as its name, an object as its class name.
 
-    A member of an enumeration, such as ZeroPointDomain(1), is the list of both.
+    A member of an enumeration, such as ZeroPointDomain(1), becomes a list of both.
     """
     if isinstance(value, Foreign) and value.arguments:
         value = (value.name, value.arguments[0])

@@ -1,4 +1,4 @@
-"""A file of tensors, whatever its format: what is in it, one tensor read, a copy with others."""
+"""A file of tensors in any format: lists and reads its tensors, and copies it with new values."""
 
 from __future__ import annotations
 
@@ -19,44 +19,45 @@ from wellcond.weights.fused import Views
 from wellcond.weights.kernels import guess_views, view_by_bias
 from wellcond.weights.reasons import Reason, Skipped
 
-Rows = tuple[int, int]  # start and stop along the first side
+Rows = tuple[int, int]  # start and stop along the first dimension
 Write = Callable[[str, Tensor], None]  # gives a tensor of a copy new values
-_DIMENSIONS = 64  # as numpy has; millions of them can be written into a file
+_DIMENSIONS = 64  # the limit of NumPy; a malicious file can declare millions
 _PIECE = 16 << 20  # bytes
 
 
 class UnreadableError(ValueError):
-    """A file that gives no answer: its path, what is wrong with it, and the way out."""
+    """A file cannot be read. The message names the file, the problem and the remedy."""
 
 
 class NoTensorsError(UnreadableError):
-    """A file that is sound but holds no tensors, such as the state of a scheduler."""
+    """A file is valid but contains no tensors, such as the state of a scheduler."""
 
 
 class DamagedError(ValueError):
-    """What is wrong within a file; `damaged` makes the whole sentence of it."""
+    """A clause that states what is wrong in a file; `damaged` adds the file and the remedy."""
 
 
 def damaged(path: Path, kind: str, what: object) -> UnreadableError:
-    """The error for a file that is not what a writer of its format leaves."""
+    """Returns the error for a file that no writer of its format leaves."""
     return UnreadableError(
-        f"{path} must be a whole {kind}, but: {what}. It may be truncated or damaged: compare its "
-        "size with the original's, or fetch it again."
+        f"{path} is not a valid {kind}: {what}. The file may be truncated or damaged: compare its "
+        "size with the size of the original, or fetch it again."
     )
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor in a file; `skipped` says why it holds no weights.
+    """A tensor in a file; `skipped` states why it is not measured.
 
     Attributes:
-        parameter: whether it counts for the share of what was measured. Integers are counters,
-            positions and masks as often as packed weights, and a tensor under two names counts
-            once.
-        aliases: other names that the file gives to this tensor, and to no other.
-        offsets: where it begins in the tensor of which it is a slice, if the file says so.
-        stored_as: as what the file stores it, such as "q4_K"; "" if that is its dtype.
-        views: the matrices in it, if the format says which; else its name and shape decide.
+        parameter: whether its entries count as parameters in the measured share. Integers do not,
+            because they are counters, positions and masks as often as packed weights. A tensor
+            with two names counts once.
+        aliases: other names that the file gives to this tensor only.
+        offsets: where the tensor begins in the larger tensor of which it is a slice, if the file
+            states this.
+        stored_as: the format in which the file stores it, such as "q4_K"; "" if that is its dtype.
+        views: the matrices in it, if the format defines them; otherwise its name and shape decide.
     """
 
     name: str
@@ -71,52 +72,53 @@ class Entry:
 
     @property
     def matrix(self) -> bool:
-        """Whether it can be measured, if only by its exact name."""
+        """Whether the tensor can be measured, at least if a pattern is its exact name."""
         return self.skipped is None or self.skipped.reason.by_name
 
 
 def explain_non_weight(shape: tuple[int, ...], dtype: str) -> Skipped | None:
-    """Why a tensor of a file holds no weight; None if it does."""
+    """Returns why a tensor of a file is not a weight, or None if it is one."""
     if len(shape) > _DIMENSIONS:
         return Skipped(Reason.dimensions, str(len(shape)))
     return names.explain_non_weight(shape, dtype)
 
 
 class Holder(abc.ABC):
-    """What holds tensors by name: a file, or what makes one tensor of several."""
+    """A source of tensors: a file, or an object that makes one tensor from several."""
 
     @abc.abstractmethod
     def read(self, name: str, rows: Rows | None = None) -> Tensor:
-        """The tensor, or its rows start to stop, to be let go before the next is read."""
+        """Reads the tensor, or its rows start to stop. Release it before reading the next one."""
 
     @abc.abstractmethod
     def pieces(self, name: str) -> Iterable[Tensor]:
-        """The floating point entries of the tensor in parts, none of one without any."""
+        """Yields the floating point entries of the tensor in pieces."""
 
     @abc.abstractmethod
     def first_row(self, name: str) -> Tensor:
-        """The first entries of a tensor, as many as its last side is long."""
+        """Returns the first entries of a tensor, as many as its last dimension is long."""
 
     @abc.abstractmethod
     def split(self, name: str, new: Tensor) -> Iterator[tuple[TensorFile, str, Tensor]]:
-        """The stored tensors that get new values, with the file that stores each."""
+        """Yields the stored tensors that receive new values, each with the file that stores it."""
 
 
 class TensorFile(Holder):
-    """One file of tensors. Every read opens it anew, and raises if it has changed since the first.
+    """One file of tensors. Every read opens the file anew, and raises if the file has changed.
 
     Attributes:
-        endings: what the names of such files end in.
+        endings: the endings of the names of such files.
         kind: what such a file is called.
-        of_layers: whether the views of its entries are those of layers that the file names, so that
-            names of weights say nothing against them.
-        of_graph: whether the file holds a graph that says what each tensor is, so that names say
-            nothing: those of an export may stand for other values than in the checkpoint.
-        not_copied: why no copy with other values is written, and the way out; "" if one is.
-        others: what is in the file beside tensors, and why it is not measured.
+        of_layers: whether the views of its entries come from layers that the file names. The names
+            of weights do not override them.
+        of_graph: whether the file contains a graph that defines what each tensor is. Names are then
+            ignored, because an export may use the names of a checkpoint for other values.
+        not_copied: why wellcond does not copy such a file with new values, and the remedy; "" if it
+            does.
+        others: the content of the file that is not a tensor, and why it is not measured.
         classes: weights that are stored as several tensors, by their names. The tensors are
             entries, if they are in this file.
-        metadata: texts that the file stores beside its tensors.
+        metadata: strings that the file stores in addition to its tensors.
         overlapping: pairs of tensors that share entries, neither of which is a part of the other.
     """
 
@@ -140,7 +142,7 @@ class TensorFile(Holder):
 
     @classmethod
     def recognises(cls, path: Path) -> bool:
-        """Whether a file without one of the endings has this format by its content."""
+        """Returns whether the content of a file without one of the endings has this format."""
         return False
 
     @property
@@ -150,19 +152,19 @@ class TensorFile(Holder):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the file itself says of the model, by the names that config.json has for it."""
+        """The settings of the model that the file contains, under the names of config.json."""
         return {}
 
     @property
     def part(self) -> tuple[int, int]:
-        """Which of how many files of one model it is, counted from 0."""
+        """The number of this file, counted from 0, and the number of files of the model."""
         return 0, 1
 
     def split(self, name: str, new: Tensor) -> Iterator[tuple[TensorFile, str, Tensor]]:
         yield self, name, new
 
     def _leave_out_parts(self) -> None:
-        """Tensors of which a weight consists are no weights."""
+        """Skips tensors that are parts of a weight."""
         for one in self.classes.values():
             for part in one.parts.values():
                 if (entry := self.entries.get(part)) is not None and entry.skipped is None:
@@ -170,7 +172,7 @@ class TensorFile(Holder):
                     self.entries[part] = replace(entry, skipped=skipped)
 
     def _leave_out_guesses(self) -> None:
-        """Tensors of three axes or more, where neither a name nor the format tells their order."""
+        """Skips tensors with three or more axes whose order neither name nor format tells."""
         shapes = {name: entry.shape for name, entry in self.entries.items()}
         for name, entry in self.entries.items():
             if entry.skipped is None and (guess := guess_views(name, shapes)):
@@ -180,7 +182,7 @@ class TensorFile(Holder):
                 self.entries[name] = replace(entry, skipped=skipped, views=views)
 
     def copy(self, target: Path) -> contextlib.AbstractContextManager[Write]:
-        """Writes a copy, and gives a function that changes tensors in it; all else is the same."""
+        """Copies the file, and yields a function that changes tensors in the copy."""
         raise UnreadableError(f"{self.path} cannot be copied: {self.not_copied}.")
 
     def _open(self) -> IO[bytes]:
@@ -193,10 +195,12 @@ class TensorFile(Holder):
 
     def _changed(self, size: int) -> UnreadableError:
         how = "become shorter" if size < self._state[0] else "changed"
-        return UnreadableError(f"{self.path} has {how} while it was read.")
+        return UnreadableError(
+            f"{self.path} has {how} while it was read. Try again when no program writes to it."
+        )
 
     def _read_bytes(self, start: int, size: int, name: str) -> bytearray:
-        """Bytes of the file; the name of the tensor is for the error where memory is short."""
+        """Reads bytes of the file; an error about memory contains the name of the tensor."""
         buffer = self._memory_for(size, name)
         with self._open() as file:
             file.seek(start)
@@ -205,7 +209,7 @@ class TensorFile(Holder):
         return buffer
 
     def _read_flat(self, start: int, size: int, dtype: torch.dtype, name: str) -> Tensor:
-        if not size:  # of which `frombuffer` makes nothing
+        if not size:  # `frombuffer` refuses an empty buffer
             return torch.empty(0, dtype=dtype, device="cpu")
         return torch.frombuffer(self._read_bytes(start, size, name), dtype=dtype)
 
@@ -220,11 +224,12 @@ class TensorFile(Holder):
             return bytearray(size)
         except (MemoryError, OverflowError):
             raise UnreadableError(
-                f"{self.path} holds {name} of {size:,} bytes, for which there is not enough memory."
+                f"{self.path} contains {name} of {size:,} bytes, for which there is not enough "
+                "memory. Use a machine with more memory."
             ) from None
 
 
 def state_of(file: IO[bytes]) -> tuple[int, int]:
-    """The size of a file and the time at which it was written; network drives renumber inodes."""
+    """Returns the size and modification time of a file; network drives renumber inodes."""
     found = os.fstat(file.fileno())
     return found.st_size, found.st_mtime_ns
