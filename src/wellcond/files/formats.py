@@ -70,7 +70,7 @@ _BEGINNINGS = (
 
 
 def ending_of(path: Path) -> str:
-    """Returns the ending of its format, if the content of the file tells it, or else its name."""
+    """Returns the ending of the format that the content shows, or else the name of the file."""
     return _by_content(path) or path.name
 
 
