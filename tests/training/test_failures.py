@@ -115,7 +115,7 @@ def test_error_names_all_failures_with_reasons() -> None:
     assert float(wc.condition_number(weights(model)[3])) <= K
     with torch.no_grad():
         weights(model)[1].copy_(torch.eye(16))
-    with pytest.raises(ValueError, match=r'^"0\.weight", "2\.weight": no weight near') as caught:
+    with pytest.raises(ValueError, match=r'^"0\.weight", "2\.weight": no nearby weight') as caught:
         reg.enforce()
     assert "NaN" not in str(caught.value)
 
