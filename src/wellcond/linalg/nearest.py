@@ -114,4 +114,5 @@ def clip(sigma: Tensor, max_condition: float | Tensor) -> Tensor:
     low, high, below, above = sides((ends[0] + ends[1]) / 2)
     a = (below / K + above) / (low / K + K * high)
     clipped = sigma.clamp(a, K * a)
-    return torch.where(sigma[..., :1] <= K * sigma[..., -1:], sigma, clipped)
+    # Not "<=": for K = inf and sigma_nu = 0 the product is nan, and nothing exceeds the limit.
+    return torch.where(sigma[..., :1] > K * sigma[..., -1:], clipped, sigma)
