@@ -97,7 +97,8 @@ def test_a_limit_is_kept_in_the_strength_table(
         ("limit", limit) for limit in (2.0, 1.5)
     ]
     for run in limited:
-        assert 0.99 * run["strength"] < run["condition_number"] <= run["strength"]
+        # A watched weight is projected to 1 + (K - 1)/1.5.
+        assert 0.8 * run["strength"] < run["condition_number"] <= run["strength"]
 
 
 def test_audit_is_compared_with_svdvals(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ memory of its process to FILE, repeatedly.
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from wellcond import cli
 from wellcond_experiments.bench_file import UNITS, WIDTH, peak_bytes, write_checkpoint
 from wellcond_experiments.benchmark import Benchmark, count, option
 from wellcond_experiments.command import Advance
@@ -123,4 +123,5 @@ def _note(path: Path) -> None:
 if __name__ == "__main__":
     noted = Path(f"{sys.argv[1]}.{os.environ.get('RANK', '0')}")
     threading.Thread(target=_note, args=(noted,), daemon=True).start()
-    sys.exit(cli.main(sys.argv[2:]))
+    sys.argv[:2] = ["wellcond"]
+    runpy.run_module("wellcond", run_name="__main__")
