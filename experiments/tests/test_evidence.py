@@ -83,6 +83,14 @@ def test_bands_as_text() -> None:
     assert interval([1.0, 2.0]).signed(1) == "+1.5 ± 6.4"
 
 
+def test_interval_of_a_condition_number_begins_at_one() -> None:
+    found = Evidence(document({"none": [2.0, 200.0, 2.0]}))
+    runs = found.runs.assign(kappa_worst=[2.0, 200.0, 2.0], loss=[2.0, 200.0, 2.0])
+    found.runs = runs
+    assert found.band("kappa_worst", log=True).low == 1
+    assert found.band("loss", log=True).low < 1
+
+
 def test_tables_escape_bars() -> None:
     table = Table("norms", ["way", "||S||"], [["a|b", "1"]])
     assert table.markdown() == "| way | \\|\\|S\\|\\| |\n| --- | --- |\n| a\\|b | 1 |\n"

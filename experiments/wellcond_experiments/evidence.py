@@ -91,7 +91,9 @@ class Evidence:
 
     def band(self, metric: str, log: bool = False, **fields: Any) -> Band:
         """Returns the mean and the 95 % interval over the seeds of these runs."""
-        return interval([float(value) for value in self.where(**fields)[metric]], log)
+        band = interval([float(value) for value in self.where(**fields)[metric]], log)
+        # Student's interval of few seeds can include values that no condition number has.
+        return band._replace(low=max(1.0, band.low)) if band.low < 1 and "kappa" in metric else band
 
     def difference(self, metric: str, one: dict[str, Any], other: dict[str, Any]) -> Band:
         """Returns the mean and the 95 % interval of one minus other, paired by seed."""
