@@ -390,9 +390,9 @@ class Careless(wc.Penalty):
         (
             lambda S, top: (top.sigma[..., 0], wc.rules.NewWeight(S.dense())),
             TypeError,
-            r"\(Tensor, Gradient\), got a NewWeight in it",
+            r"\(Tensor, Gradient\), got one with a NewWeight",
         ),
-        (lambda S, top: (1.0, None), TypeError, "got a NoneType in it"),
+        (lambda S, top: (1.0, None), TypeError, "got one with a NoneType"),
     ],
     ids=["a vector for a number", "a dense gradient of another shape", "a new weight", "nothing"],
 )

@@ -378,7 +378,7 @@ def test_effective_weight_of_parametrization_is_measured_and_repaired(
     parts = next(f.parts for f in report.findings if f.name == label)
     assert report.coverage.skipped.keys().isdisjoint(parts)
     assert {f.name for f in wc.audit(path, include=[parts[0]]).findings} == {label}
-    with pytest.raises(ValueError, match="is a part of"):
+    with pytest.raises(ValueError, match="is part of"):
         wc.repair(path, fixed, 1.01, include=sorted(parts[1:]))
     repaired = wc.repair(path, fixed, 1.01)
     after = load_file(fixed) if kind == "safetensors" else torch.load(fixed)
