@@ -153,7 +153,7 @@ def test_gate_hook_and_workflow_pass_and_fail(tmp_path: Path) -> None:
         torch.save(weights | {"0.weight": torch.ones(32, 64)}, tmp_path / "model.pt")
         code, printed = run(command)
         assert code == 1
-        assert "1 weight changed by more than a factor of 2" in printed
+        assert "1 weight got worse by more than a factor of 2" in printed
         assert f"0.weight (κ {kappa:.4g} to inf)" in printed
         (tmp_path / "model.pt").write_bytes((tmp_path / "model.pt").read_bytes()[:900])
         assert run(command)[0] == 2

@@ -41,7 +41,7 @@ def baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
             (21, 20),
             [],
             1,
-            "1 weight changed by more than a factor of 2 (20 for κ of square weights): "
+            "1 weight got worse by more than a factor of 2 (20 for κ of square weights): "
             "layers.0.weight (σ_max 10 to 21)",
         ),
         (
@@ -54,7 +54,7 @@ def baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
             (21, 61),
             [],
             1,
-            "2 weights changed by more than a factor of 2 (20 for κ of square weights): "
+            "2 weights got worse by more than a factor of 2 (20 for κ of square weights): "
             "layers.1.weight (σ_max 20 to 61), l",
         ),
         ((math.inf, 20), [], 1, "layers.0.weight (κ 10 to nan)"),
@@ -169,6 +169,10 @@ def test_invalid_baseline_gives_exit_code_2(
         out, err = capsys.readouterr()
         assert out == ""
         assert "--baseline must be an output of `wellcond audit PATH --json`" in err
+    assert main(["audit", str(new), str(new), "--json"]) == 0
+    other.write_text(capsys.readouterr().out)
+    assert main(["audit", str(new), "--baseline", str(other)]) == 2
+    assert "other.json contains 2. Create one baseline per checkpoint." in capsys.readouterr().err
     assert main(["audit", str(new), "--baseline", str(tmp_path / "none.json")]) == 2
     assert "none.json" in capsys.readouterr().err
     far = model(tmp_path / "far.pt", 3, first=7)
@@ -227,5 +231,5 @@ def test_baseline_with_other_name_prefixes(
     torch.save(each, tmp_path / "each.pt")
     assert main(["audit", str(tmp_path / "each.pt"), *options]) == 1
     err = capsys.readouterr().err
-    assert "1 weight changed" in err
+    assert "1 weight got worse" in err
     assert "module.mlp.experts.1.up_proj.weight (κ" in err

@@ -135,6 +135,11 @@ def test_line_fits_the_terminal(
     assert shown.endswith("\r\x1b[K"), "nothing is left of it"
 
 
+def hide_tqdm(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("tqdm.auto", "tqdm.std"):
+        monkeypatch.setitem(sys.modules, module, None)
+
+
 @pytest.mark.parametrize("has_tqdm", [True, False])
 def test_progress_true_shows_every_tensor(
     has_tqdm: bool,
@@ -146,7 +151,7 @@ def test_progress_true_shows_every_tensor(
         monkeypatch.setenv("TQDM_MININTERVAL", "0")
         pytest.importorskip("tqdm")
     else:
-        monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+        hide_tqdm(monkeypatch)
     model = nn.Sequential(nn.Linear(8, 4), nn.Conv2d(1, 2, 3), nn.Linear(4, 2))
     torch.save(model.state_dict(), tmp_path / "model.pt")
     wc.audit(model, progress=False)
@@ -163,7 +168,7 @@ def test_progress_true_shows_every_tensor(
 def test_line_is_cleared_after_an_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    hide_tqdm(monkeypatch)
 
     def fail() -> None:
         with shown(True) as show:

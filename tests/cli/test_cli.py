@@ -184,6 +184,14 @@ def test_low_coverage_names_the_largest_skipped_weights(
     assert "; the largest skipped: b.weight" in err
 
 
+def test_low_coverage_names_weights_that_could_not_be_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"w": torch.full((9, 9), torch.inf), "v": torch.eye(2)}, tmp_path / "x.pt")
+    assert main(["audit", str(tmp_path / "x.pt"), "--min-coverage", "0.9"]) == 1
+    assert "less than 90 %; not measured: w\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "worst", [torch.ones(2, 2), torch.zeros(2, 2), torch.full((2, 2), torch.nan)]
 )

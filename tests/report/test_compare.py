@@ -461,6 +461,36 @@ def test_summary_states_that_movement_is_usual() -> None:
     assert wc.compare(before, before).summary()[0].startswith("In the 1 weight on both sides")
 
 
+def test_summary_compares_no_rounding_with_trainings(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    W = torch.randn(8, 8)
+    torch.save({"w": W}, tmp_path / "a.pt")
+    torch.save({"w": (W * 1.05).bfloat16()}, tmp_path / "b.pt")
+    first, *_ = wc.compare(tmp_path / "a.pt", tmp_path / "b.pt").summary()
+    assert first.startswith("Largest movement: w, σ_max")
+    assert "usual" not in first
+
+
+@pytest.mark.parametrize(("factor", "is_named"), [(2.0, True), (1.4, False), (1.0, False)])
+def test_summary_names_a_wrong_scale(tmp_path: Path, factor: float, is_named: bool) -> None:
+    torch.manual_seed(0)
+    W = torch.randn(8, 6)
+    torch.save({"w": W, "v": W}, tmp_path / "a.pt")
+    torch.save({"w": (factor * W).half(), "v": W.half()}, tmp_path / "b.pt")
+    lines = wc.compare(tmp_path / "a.pt", tmp_path / "b.pt").summary()
+    line = "In 1 weight, rounding changed more than half of the norm: w ("
+    assert any(one.startswith(line) for one in lines) is is_named
+    torch.save({"w": factor * W, "v": W}, tmp_path / "c.pt")  # a training
+    assert not any(
+        "rounding" in one for one in wc.compare(tmp_path / "a.pt", tmp_path / "c.pt").summary()
+    )
+
+
+def test_few_weights_have_no_median_ratio() -> None:
+    before, after = (wc.audit(model(*[[kappa, 1.0]] * 4)) for kappa in (10.0, 20.0))
+    assert "median" not in "".join(wc.compare(before, after).summary())
+
+
 # --- names of the sides ---------------------------------------------------------------------------
 
 

@@ -71,10 +71,12 @@ def read_baseline(path: Path) -> Baseline:
         FileNotFoundError: the file does not exist.
         OSError: the file cannot be read.
     """
+    several = 0
     try:
         if path.stat().st_size > _LARGEST:
             raise ValueError
         document = json.loads(path.read_bytes())
+        several = len(document.get("reports", ()))
         rows = [(f["name"], f["view"], f, f["condition_number"]) for f in document["findings"]]
         baseline = Baseline(
             (
@@ -89,7 +91,12 @@ def read_baseline(path: Path) -> Baseline:
             f"--baseline must be an output of `wellcond audit PATH --json`, but {path} does not "
             "exist. Create it first, from the reference model."
         ) from None
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        if several:
+            raise ValueError(
+                f"--baseline must contain the report of one checkpoint, but {path} contains "
+                f"{several}. Create one baseline per checkpoint."
+            ) from None
         raise ValueError(
             f"--baseline must be an output of `wellcond audit PATH --json`, but {path} is not. "
             "Create a new one from the reference model."

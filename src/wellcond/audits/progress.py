@@ -6,9 +6,9 @@ import contextlib
 import math
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from wellcond.text import escape, format_duration
 from wellcond.weights.matrices import Matrices, entries
@@ -72,19 +72,20 @@ def shown(progress: ProgressCallback | bool | None) -> Iterator[ProgressCallback
         yield None
     else:
         try:
-            from tqdm.auto import tqdm
+            if find_spec("ipywidgets"):
+                from tqdm.auto import tqdm
+            else:  # a notebook gets a text bar
+                from tqdm.std import tqdm
         except ImportError:
             try:
                 yield _draw_line
             finally:
                 print(f"\r{'':{_WIDTH}}\r", end="", file=sys.stderr, flush=True)
             return
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a notebook without widgets gets a text bar
-            bar = tqdm(leave=False)
+        bar = tqdm(leave=False)
 
         def draw(step: Progress) -> None:
-            bar.total, bar.n = step.total, step.number - 1 + round(step.share, 1)
+            bar.total, bar.n = step.total, step.number - 1 + (round(step.share, 1) or 0)
             bar.set_postfix_str(escape(step.name))
 
         try:

@@ -134,7 +134,7 @@ def _find_worse(comparison: BaselineComparison, rise: float) -> Iterator[Fault]:
         quantities = [QUANTITIES[one.quantity] for one in comparison.risen]
         named = [*zip(comparison.risen, quantities, strict=True)]
         worst = list_some(f"{o.label} ({q} {o.before:.4g} to {o.after:.4g})" for o, q in named)
-        text = f"{count_weights(comparison.risen)} changed by more than a factor of {rise:g}"
+        text = f"{count_weights(comparison.risen)} got worse by more than a factor of {rise:g}"
         text += f" ({SQUARES * rise:g} for κ of square weights): {worst}"
         weights = {
             one.label: f"{quantity} was {one.before:.4g} in the baseline and is now {one.after:.4g}"

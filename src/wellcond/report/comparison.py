@@ -43,6 +43,9 @@ from wellcond.report.rows import (
 from wellcond.text import escape, join_remarks, list_some, read_versions, save_text
 from wellcond.weights.reasons import Reason, Skipped
 
+_MEDIAN = 5  # fewer ratios have no meaningful median
+_SQNR = 6.0  # dB, an error of half of the norm; 4 bits with one scale per row reach about 19
+
 
 @dataclass(frozen=True)
 class Comparison(Report):
@@ -97,7 +100,7 @@ class Comparison(Report):
         if len(known) < len(both):
             counts.append(f"is unknown on a side in {len(both) - len(known)}")
         line = f"In the {_count(len(both), 'weight')} on both sides, κ {', '.join(counts)}"
-        if known:
+        if len(known) >= _MEDIAN:
             median = statistics.median(pair.ratio for pair in known)
             line += f"; the median ratio after/before is {median:.4g}"
         moved = next((pair for pair, _, _ in both if pair.moved), None)
@@ -116,6 +119,17 @@ class Comparison(Report):
             count = _count(len(reshaped), "weight")
             lines.append(
                 f"{count} with different shapes, possibly unrelated: {list_some(reshaped, 3)}"
+            )
+        coarse = [
+            f"{pair.label} ({pair.change.sqnr:.1f} dB)"
+            for pair, _, _ in both
+            if pair.change and pair.is_stored_differently and pair.change.sqnr < _SQNR
+        ]
+        if coarse:
+            lines.append(
+                f"In {_count(len(coarse), 'weight')}, rounding changed more than half of the norm: "
+                f"{list_some(coarse, 3)}. If the two sides differ only in their storage, check the "
+                "scales"
             )
         for when, found in ((first, self.not_finite_before), (second, self.not_finite_after)):
             lines += [f"{when[0].upper()}{when[1:]}, {describe_not_finite(found)}"] if found else []
@@ -319,4 +333,7 @@ def _describe_most(pair: Pair) -> str:
     ratio = pair.quotient(lambda finding: getattr(finding, key))
     if 0 < ratio < math.inf:
         text += f" ({ratio:.3g} times)"
-    return text if pair.movement > USUAL else f"{text}, which is usual between two trainings"
+    # Rounding to another dtype is not a training.
+    if pair.movement > USUAL or pair.is_stored_differently:
+        return text
+    return f"{text}, which is usual between two trainings"

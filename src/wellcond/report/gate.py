@@ -157,6 +157,8 @@ def find_low_coverage(report: AuditReport, min_coverage: float | None) -> list[F
     text = f"only {100 * share:.3g} % of the parameters were measured"
     if min_coverage is not None:
         text += f", less than {100 * min_coverage:.3g} %"
+    if failed := [one for one in report.findings if not one.measured]:
+        text += f"; not measured: {list_some((one.label for one in failed), limit=3)}"
     if largest := report.coverage.largest_left_out:
         why = report.coverage.skipped
         named = (f"{escape(name)} ({size:,} entries, {why[name]})" for name, size in largest)

@@ -177,6 +177,13 @@ class Pair(NamedTuple):
         return "" if 1 - SAME <= ratio <= 1 + SAME or not moves[key] else key
 
     @property
+    def is_stored_differently(self) -> bool:
+        """Whether the sides have different dtypes or parts, as a quantised copy has."""
+        if not (self.before and self.after):
+            return False
+        return (self.before.dtype, self.before.parts) != (self.after.dtype, self.after.parts)
+
+    @property
     def note(self) -> str:
         """Different dtypes, and the explanations of both sides; "" if there are none."""
         old, new = self.before, self.after

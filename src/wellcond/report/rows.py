@@ -267,10 +267,9 @@ def _relative(pair: Pair) -> str:
 
 def _sqnr(pair: Pair) -> str:
     """Returns the SQNR if the storage differs; otherwise it only repeats the relative change."""
-    old, new, change = pair.before, pair.after, pair.change
-    if not (old and new and change) or math.isnan(change.sqnr):
+    if not pair.change or math.isnan(pair.change.sqnr):
         return ""
-    return f"{change.sqnr:.1f}" if old.dtype != new.dtype or old.parts != new.parts else ""
+    return f"{pair.change.sqnr:.1f}" if pair.is_stored_differently else ""
 
 
 def _leading(pair: Pair) -> str:
