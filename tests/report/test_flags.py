@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 import wellcond as wc
 from matrices import with_spectrum
-from wellcond.report.flags import KINDS, stand
+from wellcond.report.flags import KINDS, find_flags, stand
 
 
 def linear(S: Tensor) -> nn.Linear:
@@ -100,6 +101,25 @@ def test_grown_sigma_max_in_all_weights_flags_network() -> None:
     assert report.flags[first.label][0].kind == "network"
     assert "9 of 9 weights" in report.table().splitlines()[0]
     assert "SingularValueLimit(upper=" in report.table().splitlines()[0]
+
+
+def test_advice_does_not_bound_at_an_exploded_norm() -> None:
+    model = Net(2, 64)
+    W = weight(model, "layers.1.fc1.weight")
+    W.add_(1e3 * torch.outer(torch.randn(len(W)), torch.randn(W.shape[1])))
+    flags = [flag for found in wc.audit(model).flags.values() for flag in found]
+    bounds = [re.search(r"upper=([^)]+)", flag.advice) for flag in flags]
+    assert any(bounds)
+    assert all(float(bound[1]) < 10 for bound in bounds if bound)
+
+
+def test_advice_for_an_adapter_is_about_its_training() -> None:
+    finding = replace(wc.audit(linear(gaussian(64, 64))).findings[0], sigma_max=1e6)
+    for view in ("", "merged"):
+        (flags,) = find_flags([replace(finding, view=view)]).values()
+        (advice,) = {flag.advice for flag in flags if flag.kind == "scale"}
+        assert ("lora_alpha" in advice) == (view == "merged")
+        assert ("SingularValueLimit" in advice) == (view == "")
 
 
 def test_huge_entry_flags_dominant_entry() -> None:

@@ -81,7 +81,8 @@ class Files:
             return
         if not self.path.exists():
             raise FileNotFoundError(
-                f"{self.path} must be a file or a directory, but does not exist. Check the path."
+                f"{self.path} must be a file or a directory, but does not exist. Check the path; "
+                "wellcond downloads nothing."
             )
         if not self.path.is_dir():
             _check_regular(self.path)

@@ -326,7 +326,7 @@ def _flags_of_scale(finding: Finding, median: float | None) -> Iterator[Flag]:
             "siblings",
             f"σ_max = {finding.sigma_max:.4g} is {times:.3g} times the median of its siblings in "
             "other layers",
-            _advise_limit(median),
+            _advise_limit(finding, median),
         )
     for symbol, key in (("σ_max", "sigma_max"), ("gain", "gain")):
         if shares[key] > _SCALE_SHARE:
@@ -334,14 +334,14 @@ def _flags_of_scale(finding: Finding, median: float | None) -> Iterator[Flag]:
                 "scale",
                 f"{symbol} = {getattr(finding, key):.4g} is larger than in 99.9 % of "
                 f"{_of_class(usual)}",
-                _advise_limit(usual.quantile("sigma_max", 0.5)),
+                _advise_limit(finding),
             )
             break
     if shares.get("stable_rank", math.nan) < 1 - _SHARE:
         yield Flag(
             "stable_rank",
             f"{_describe_share(finding)}, a smaller ratio than in 99 % of {_of_class(usual)}",
-            _advise_limit(_random_sigma_max(finding)),
+            _advise_limit(finding, _random_sigma_max(finding)),
         )
 
 
@@ -360,7 +360,7 @@ def _find_network(findings: Sequence[Finding]) -> dict[str, tuple[Flag, ...]]:
         f"{_describe_share(worst)}; {len(few)} of {len(shares)} weights have a smaller stable rank "
         "than 95 % of trained weights"
     )
-    return {worst.label: (Flag("network", text, _advise_limit(_random_sigma_max(worst))),)}
+    return {worst.label: (Flag("network", text, _advise_limit(worst, _random_sigma_max(worst))),)}
 
 
 def _describe_share(finding: Finding) -> str:
@@ -376,7 +376,13 @@ def _random_sigma_max(finding: Finding) -> float:
     return finding.sigma_max * math.sqrt(finding.stable_rank / finding.random_stable_rank)
 
 
-def _advise_limit(upper: float) -> str:
+def _advise_limit(finding: Finding, upper: float = math.inf) -> str:
+    """Advises a bound: `upper`, or the median of trained weights if that is smaller."""
+    if finding.with_adapter:
+        return "Lower the learning rate or the scale of the adapter, such as lora_alpha"
+    usual, _ = _shares_below(finding)
+    if usual is not None:
+        upper = min(upper, usual.quantile("sigma_max", 0.5))
     return (
         f"If σ_max grew in training, bound it with `SingularValueLimit(upper={upper:.2g})`, or "
         "lower the learning rate"

@@ -136,7 +136,8 @@ _GRADES = "; ".join(f'"{grade.name}": {grade.value}' for grade in Grade)
 MEANINGS = {
     "label": "the name of the parameter; after a colon, the matrix within the parameter",
     "shape": "m x n, outputs and inputs; g x m x n for a convolution in g groups",
-    "dtype": "the stored dtype; all numbers are computed in float64",
+    "dtype": "the stored dtype, or float64 for a sum with an adapter, which no file contains; all "
+    "numbers are computed in float64",
     "condition_number": "σ_max/σ_min, the condition number: at 1e4 the matrix amplifies one "
     "direction 1e4 times as much as another; at inf it maps a direction to zero",
     "standing": "the position among trained weights of its class, in the quantity in which the "
