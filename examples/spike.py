@@ -1,10 +1,10 @@
 """The loss does not decrease: which weight is responsible, and what helps?
 
-A small GPT-2 learns the characters of Python's help texts in 50 steps of AdamW, with a learning
+A small GPT-2 learns the characters of Python's help texts in 250 steps of AdamW, with a learning
 rate of 2e-2, which is too high, and without clipping. The script then audits the model and compares
 it with its initial weights. It needs transformers.
 
-    python examples/spike.py --seeds 5 --save spike
+    python examples/spike.py --save spike
     wellcond audit spike/before --compare spike/after
 """
 
@@ -22,7 +22,7 @@ import wellcond as wc
 
 TEXT = "".join(topics.values())[:300_000]
 LETTERS = sorted(set(TEXT))
-WIDTH, LENGTH, BATCH, STEPS, RATE = 128, 64, 16, 50, 2e-2
+WIDTH, LENGTH, BATCH, STEPS, RATE = 128, 64, 16, 250, 2e-2
 
 
 def make_model(seed: int) -> GPT2LMHeadModel:
@@ -66,7 +66,7 @@ def train(model: GPT2LMHeadModel, rules: wc.Limit | None = None) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--first", type=int, default=10, help="the first seed")
     parser.add_argument("--save", help="a folder for the models of the first seed")
     arguments = parser.parse_args()
