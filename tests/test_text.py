@@ -19,6 +19,7 @@ from wellcond.text import (
     quote_subject,
     read_versions,
     save_text,
+    suggest_patterns,
 )
 
 
@@ -89,3 +90,13 @@ def test_table_is_text_in_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_subject_agrees_with_verb() -> None:
     assert quote_subject(["a"]) == '"a" is'
     assert quote_subject(["b", "a"]) == '"a", "b" are'
+
+
+@pytest.mark.parametrize(
+    ("pattern", "wider"),
+    [("h.1", "h.1.*"), ("1.q.*", "*1.q.*"), ("q", "*q.*"), (".q.", "*.q.*"), ("v", "")],
+)
+def test_suggested_pattern_matches(pattern: str, wider: str) -> None:
+    names = ["h.0.q.weight", "h.1.q.weight"]
+    found = suggest_patterns([pattern], names)
+    assert found == (f' A pattern matches an entire name: write "{wider}".' if wider else "")

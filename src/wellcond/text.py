@@ -12,6 +12,7 @@ import platform
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Sequence
+from fnmatch import fnmatchcase
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -58,15 +59,17 @@ def quote_subject(names: Collection[str]) -> str:
     return f"{quote_names(names)} {'is' if len(names) == 1 else 'are'}"
 
 
-def suggest_module_patterns(patterns: Iterable[str], names: Iterable[str]) -> str:
-    """The remedy for patterns that name modules and therefore do not match their weights."""
+def suggest_patterns(patterns: Iterable[str], names: Iterable[str]) -> str:
+    """The remedy for patterns that match only a part of a name, such as the name of a module."""
     names = list(names)
-    found = [p for p in patterns if any(name.startswith(f"{p}.") for name in names)]
-    return (
-        f" For all weights of a module, write {quote_names(f'{p}.*' for p in found)}."
-        if found
-        else ""
-    )
+    wider = [(f"{p}.*", f"*{p}", f"*{p}.*", f"*{p}*") for p in patterns]
+    found = [
+        next((one for one in few if any(fnmatchcase(name, one) for name in names)), "")
+        for few in wider
+    ]
+    if not any(found):
+        return ""
+    return f" A pattern matches an entire name: write {quote_names(one for one in found if one)}."
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -514,7 +514,7 @@ def test_patterns_select_and_must_match() -> None:
     assert report.coverage.skipped["0.weight"] == wc.report.Skipped(wc.report.Reason.unmatched)
     with pytest.raises(ValueError, match=r"no weight matches decoder\.\*"):
         wc.audit(model, exclude=["decoder.*"])
-    with pytest.raises(ValueError, match=r'For all weights of a module, write "2\.\*"\.'):
+    with pytest.raises(ValueError, match=r'matches an entire name: write "2\.\*"\.'):
         wc.audit(model, include=["2"])
 
 

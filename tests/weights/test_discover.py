@@ -198,7 +198,7 @@ def test_stack_is_selected_entirely_or_by_member() -> None:
     ("patterns", "error", "message"),
     [
         ({"nothing.*": EVERYTHING}, ValueError, 'pattern "nothing.\\*" matches no parameter'),
-        ({"0": EVERYTHING}, ValueError, r'For all weights of a module, write "0\.\*"\.'),
+        ({"0": EVERYTHING}, ValueError, r'matches an entire name: write "0\.\*"\.'),
         ({"*": EVERYTHING, "0.*": None}, ValueError, "only those that an earlier pattern"),
         ({"*": None}, ValueError, "must select at least one weight"),
         ({"0.bias": EVERYTHING}, ValueError, "not a matrix: a vector"),

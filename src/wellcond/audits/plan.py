@@ -22,7 +22,7 @@ from wellcond.linalg.product import Product
 from wellcond.operators.convolution import Convolution
 from wellcond.operators.views import View, shape_of
 from wellcond.report.findings import MERGED
-from wellcond.text import escape, join_remarks, list_some, suggest_module_patterns
+from wellcond.text import escape, join_remarks, list_some, suggest_patterns
 from wellcond.weights.adapters import Adapter
 from wellcond.weights.heads import Attention, Value
 from wellcond.weights.matrices import Matrices, single_views
@@ -287,7 +287,7 @@ def select(
         raise ValueError(
             "each pattern of `include` and `exclude` must match a weight, but no weight matches "
             f"{', '.join(sorted(unused))}. {_hint(sorted(unused), specs, left_out)}"
-            f"The weights are {list_some(names)}.{suggest_module_patterns(unused, names)}"
+            f"The weights are {list_some(names)}.{suggest_patterns(unused, names)}"
         )
     return wanted, left_out
 

@@ -119,7 +119,8 @@ def certify(S: Tensor | NDArray[Any]) -> Certificate:
     if wide.ndim != 2:
         raise ValueError(
             f"`S` must have exactly 2 dimensions, got shape {tuple(wide.shape)}. "
-            "For a batch, certify each matrix: [wc.certify(one) for one in S]."
+            "For a batch, certify each matrix: [wc.certify(one) for one in S]; for the kernel of a "
+            "convolution as a matrix, S.flatten(1)."
         )
     largest = float(wide.abs().max())
     if _flushes() and (_holds_subnormal(S) or 0 < largest < _FAR_FROM_SUBNORMAL):

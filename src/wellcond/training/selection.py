@@ -11,7 +11,7 @@ from torch import nn
 
 from wellcond.operators.views import Kernel, shape_of
 from wellcond.rules.base import Rule
-from wellcond.text import list_some, quote_names, suggest_module_patterns
+from wellcond.text import list_some, quote_names, suggest_patterns
 from wellcond.weights.computed import find_computed_weights
 from wellcond.weights.discover import Weight, find_weights
 from wellcond.weights.reasons import Reason, Skipped
@@ -114,7 +114,7 @@ def select(
             raise ValueError(
                 f'`{parameter}`: the pattern "{pattern}" matches no parameter, or only those '
                 f"that an earlier pattern matches. The weights are {quote_names(names)}."
-                f"{suggest_module_patterns([pattern], names)}{_of_view(pattern)}"
+                f"{suggest_patterns([pattern], names)}{_of_view(pattern)}"
                 f"{_of_computed(pattern, model)}"
             )
         usable = [why is None or why.reason is Reason.frozen for why in outcome.values()]
