@@ -107,6 +107,25 @@ def test_invalid_state_dict_is_refused(
         wc.audit(state)
 
 
+@pytest.mark.parametrize("array", [np.eye(2), torch.eye(2), np.float64(3)])
+def test_error_for_single_array_shows_mapping(array: Any) -> None:
+    with pytest.raises(TypeError, match=r'Give the array a name: \{"weight": array\}'):
+        wc.audit(array)
+    with pytest.raises(TypeError, match=r"names to tensors, got list\.$"):
+        wc.audit([array])
+
+
+def test_error_for_nested_state_dict_joins_names() -> None:
+    state = {"a": {"w": np.eye(2)}, "b": {"w": np.diag([9.0, 1.0])}}
+    with pytest.raises(TypeError, match="join their names") as error:
+        wc.audit(state)
+    code = str(error.value).partition("join their names: ")[2].removesuffix(".")
+    report = eval(code, {"wc": wc, "state": state})
+    assert {one.name: one.condition_number for one in report.findings} == {"a.w": 1, "b.w": 9}
+    with pytest.raises(TypeError, match=r"contains the weights\.$"):
+        wc.audit({"a": [np.eye(2)]})
+
+
 def test_example_requires_a_model() -> None:
     with pytest.raises(TypeError, match="`example` requires a model"):
         wc.audit({"w": torch.eye(2)}, example=torch.zeros(1, 2))

@@ -12,6 +12,7 @@ import pytest
 import safetensors.numpy
 import scipy.sparse
 import torch
+from torch import nn
 
 import wellcond as wc
 from wellcond.files import arrays as reader
@@ -331,6 +332,49 @@ def test_layouts_of_other_libraries_are_recognised(tmp_path: Path) -> None:
     report = wc.audit(tmp_path / "a.npz")
     assert {f.name: f.condition_number for f in report.findings} == pytest.approx(expected)
     assert Reason.layout not in {why.reason for why in report.coverage.skipped.values()}
+
+
+CELLS = {"lstm": (nn.LSTM(3, 5), "ifgo", "ifgo"), "gru": (nn.GRU(3, 5), "rzn", "zrn")}
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("path", ["{0}/{0}_cell/", "model/{0}_2/{0}_cell_1/", "{0}.{0}_cell."])
+@pytest.mark.parametrize("suffix", ["", ":0"])
+def test_gates_of_keras_measured_like_model(
+    tmp_path: Path, cell: str, path: str, suffix: str
+) -> None:
+    """Keras stores the gates in another order, and the inputs first."""
+    model, gates, order = CELLS[cell]
+    names = {"weight_ih_l0": "kernel", "weight_hh_l0": "recurrent_kernel"}
+    names = {name: f"{path.format(cell)}{own}{suffix}" for name, own in names.items()}
+    arrays = {}
+    for name, other in names.items():
+        blocks = dict(zip(gates, getattr(model, name).detach().chunk(len(gates)), strict=True))
+        arrays[other] = torch.cat([blocks[gate] for gate in order]).mT.contiguous().numpy()
+    expected = {
+        f"{names[one.name]}:{one.view}": one.condition_number for one in wc.audit(model).findings
+    }
+    np.savez(tmp_path / "a.npz", **arrays)
+    for source in (tmp_path / "a.npz", arrays):
+        found = {one.label: one.condition_number for one in wc.audit(source).findings}
+        assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"lstm/lstm_cell/kernel": (3, 20)},  # no recurrent kernel confirms the number of units
+        {"lstm/lstm_cell/kernel": (3, 20), "lstm/lstm_cell/recurrent_kernel": (4, 20)},
+        {"gru/gru_cell/kernel": (3, 20), "gru/gru_cell/recurrent_kernel": (5, 20)},
+        {"lstm/cell/kernel": (3, 20), "lstm/cell/recurrent_kernel": (5, 20)},
+        {"rnn/simple_rnn_cell/kernel": (3, 5), "rnn/simple_rnn_cell/recurrent_kernel": (5, 5)},
+    ],
+)
+def test_kernels_without_known_gates_are_single_matrices(
+    shapes: dict[str, tuple[int, int]],
+) -> None:
+    arrays = {name: np.ones(shape) for name, shape in shapes.items()}
+    assert {one.label for one in wc.audit(arrays).findings} == shapes.keys()
 
 
 def test_scanned_layers_are_stacks_and_biases_skipped(tmp_path: Path) -> None:

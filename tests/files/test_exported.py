@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from corpus import CODES, DESCRIBES_WEIGHTS, older, records, saved, zipped
+from corpus import CODES, DESCRIBES_WEIGHTS, older, records, zipped
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -86,6 +86,46 @@ def test_tensors_equal_those_torch_loads(
         torch.testing.assert_close(found[name], tensor.detach(), rtol=0, atol=0)
     constants = {"passing", "plain", "lifted_tensor_0"} if layout == "new" else set()
     assert found.keys() - expected.keys() == constants
+
+
+class Convolutions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(6, 6, 3, groups=6)
+        self.multiplied = nn.Conv2d(6, 12, 3, groups=6, bias=False)
+        self.grouped = nn.Conv2d(6, 4, 3, groups=2, padding="same")
+        self.plain = nn.Conv2d(6, 4, 3)
+        self.transposed = nn.ConvTranspose2d(6, 4, 3, groups=2)
+        self.line = nn.Conv1d(4, 6, 3, groups=2)
+        self.volume = nn.Conv3d(2, 4, 2, groups=2)
+        self.loose = nn.Parameter(torch.randn(6, 3, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.depthwise(x).sum() + self.multiplied(x).sum() + self.grouped(x).sum()
+        y = y + self.plain(x).sum() + self.transposed(x).sum() + self.line(x[:, :4, 0]).sum()
+        y = y + self.volume(x[:, :2, None].expand(1, 2, 3, 5, 5)).sum()
+        one = nn.functional.conv2d(x[:, :3], self.loose)  # the same kernel with other groups
+        return y + one.sum() + nn.functional.conv2d(x, self.loose, groups=2).sum()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_kernels_measured_in_groups_like_model(
+    tmp_path: Path, layout: str, decomposed: bool
+) -> None:
+    """Only a kernel that is used with two numbers of groups remains one group."""
+    model = Convolutions()
+    exported = torch.export.export(model, (torch.randn(1, 6, 5, 5),))
+    torch.export.save(exported.run_decompositions() if decomposed else exported, tmp_path / "a.pt2")
+    report = wc.audit(write(tmp_path / "a.pt2", (tmp_path / "a.pt2").read_bytes(), layout))
+    expected = {one.label: one for one in wc.audit(model).findings}
+    found = {one.label: one for one in report.findings if one.name != "loose"}
+    assert found.keys() == expected.keys()
+    for label, one in found.items():
+        assert one.shape == expected[label].shape
+        assert one.condition_number == expected[label].condition_number
+        assert one.explanation == expected[label].explanation
+    assert report.coverage.note.startswith("1 kernel is read as one group")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -247,6 +287,22 @@ def test_contradictory_programs_are_refused(
         Checkpoint(path)
 
 
+@pytest.mark.parametrize(
+    "argument", [{"as_int": 0}, {"as_int": 3}, {"as_int": True}, {"as_sym_int": {}}, None, 2]
+)
+def test_invalid_groups_are_unknown(tmp_path: Path, program: bytes, argument: Any) -> None:
+    def regroup(config: dict[str, Any], contents: dict[str, bytes]) -> None:
+        model = json.loads(contents["models/model.json"])
+        nodes = model["graph_module"]["graph"]["nodes"]
+        (node,) = (one for one in nodes if "conv1d" in one["target"])
+        node["inputs"] = [one for one in node["inputs"] if one["name"] != "groups"]
+        node["inputs"].append({"name": "groups", "arg": argument, "kind": 1})
+        contents["models/model.json"] = json.dumps(model).encode()
+
+    report = wc.audit(changed(tmp_path / "a.pt2", program, regroup))
+    assert report.coverage.note.startswith("1 kernel is read as one group")
+
+
 def test_tensors_without_values_are_listed_with_reason(tmp_path: Path, program: bytes) -> None:
     """A program exported from fake tensors contains no values."""
 
@@ -305,7 +361,8 @@ def test_truncated_file_is_refused(
         Checkpoint(path)
 
 
-def test_pickle_is_not_a_program(tmp_path: Path) -> None:
-    (tmp_path / "a.pt2").write_bytes(saved({"w": torch.eye(3)}))
+def test_archive_without_format_is_not_a_program(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.pt2", "w") as archive:
+        archive.writestr("a/data/weights/w", "12345678")
     with pytest.raises(UnreadableError, match="is a zip archive without archive_format"):
         Checkpoint(tmp_path / "a.pt2")

@@ -120,6 +120,37 @@ def test_supported_format_read_under_any_name(tmp_path: Path, name: str, ending:
     assert kappas(tmp_path / f"w{ending}") == {"w": 9.0}
 
 
+@pytest.mark.parametrize(
+    "ending",
+    [".safetensors", ".pt", ".bin", ".gguf", ".npz", ".npy", ".onnx", ".h5", ".pt2", ".jit", ""],
+)
+@pytest.mark.parametrize("kind", ["safetensors", "torch.save", "legacy"])
+def test_weights_read_and_repaired_under_any_name(tmp_path: Path, kind: str, ending: str) -> None:
+    path, state = tmp_path / f"w{ending}", {"w": torch.diag(torch.tensor([9.0, 1.0]))}
+    if kind == "safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=kind == "torch.save")
+    assert kappas(path) == {"w": 9.0}
+    right, wrong = (".safetensors", ".pt")[:: 1 if kind == "safetensors" else -1]
+    with pytest.raises(ValueError, match=f"Choose fixed\\{right if ending == wrong else '.'}"):
+        wc.repair(path, tmp_path / f"fixed{wrong}", 2.0)
+    wc.repair(path, tmp_path / f"fixed{right}", 2.0)
+    read = load_file if kind == "safetensors" else torch.load
+    assert wc.condition_number(read(tmp_path / f"fixed{right}")["w"]) <= 2.0
+
+
+def test_truncated_safetensors_file_described_by_content(tmp_path: Path) -> None:
+    save_file({"w": torch.eye(9)}, tmp_path / "a.pt")
+    whole = (tmp_path / "a.pt").read_bytes()
+    (tmp_path / "a.pt").write_bytes(whole[:-9])
+    with pytest.raises(UnreadableError, match="is not a valid safetensors file: it must contain"):
+        wc.audit(tmp_path / "a.pt")
+    (tmp_path / "a.pt").write_bytes(whole[:20])  # the header is not complete
+    with pytest.raises(UnreadableError, match="its name may have the wrong ending"):
+        wc.audit(tmp_path / "a.pt")
+
+
 @pytest.fixture
 def distributed(tmp_path: Path) -> Path:
     folder = tmp_path / "step-5"
@@ -406,6 +437,11 @@ def test_foreign_pickle_named_and_not_read(tmp_path: Path, content: Any, protoco
         (None, "None and no tensor. Save a state dict"),
         (argparse.Namespace(a=1), "an argparse.Namespace and no tensor. Save"),
         ({"a": np.float64(1)}, "a dict and no tensor; its Python objects are not read"),
+        ({}, r"an empty state dict\. The saved model has no parameters"),
+        (torch.nn.ReLU().state_dict(), "an empty state dict"),
+        ({"epoch": 1, "model": torch.nn.ReLU().state_dict()}, "an empty state dict"),
+        ({"state_dict": {}, "pytorch-lightning_version": "2.6"}, "an empty state dict"),
+        ({"epoch": 1}, "a dict and no tensor. Save a state dict"),
         (
             {"epoch": 1, "pytorch-lightning_version": "2.6"},
             "a Lightning trainer and no tensor. The w",

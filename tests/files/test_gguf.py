@@ -13,6 +13,7 @@ import pytest
 import torch
 from corpus import Block, corpus, gguf_file, randn
 from safetensors.torch import save_file
+from torch import nn
 
 import wellcond as wc
 from wellcond.cli import main
@@ -565,7 +566,6 @@ def test_tensors_that_are_not_matrices_are_skipped(tmp_path: Path) -> None:
         "blk.0.attn_sinks.weight": (Reason.vector, (8,)),
         "blk.0.ssm_a": (Reason.exponentiated, (8, 4)),
         "blk.0.ssm_d": (Reason.vector, (8,)),
-        "blk.0.ssm_conv1d.weight": (Reason.one_row, (8, 4)),
     }
     weights = ["output", "blk.0.ssm_in", "blk.0.ssm_out", "blk.0.ssm_x", "blk.0.ssm_dt"]
     weights += ["blk.0.ffn_gate_inp", "blk.0.attn_q_a", "v.patch_embd", "cls.output"]
@@ -576,6 +576,17 @@ def test_tensors_that_are_not_matrices_are_skipped(tmp_path: Path) -> None:
     found = {name: why.reason for name, why in report.coverage.skipped.items()}
     assert found == {name: reason for name, (reason, _) in reasons.items()}
     assert {f.name for f in report.findings} == {f"{name}.weight" for name in weights}
+
+
+@pytest.mark.parametrize("name", ["ssm_conv1d", "ssm_conv1d_q", "shortconv.conv"])
+def test_depthwise_kernel_measured_like_model(tmp_path: Path, name: str) -> None:
+    """GGUF omits the axis of length 1 of the kernel."""
+    model = nn.Conv1d(8, 8, 4, groups=8)
+    kernel = of(model.weight.detach()[:, 0].contiguous())
+    (alone,) = wc.audit(model).findings
+    (found,) = wc.audit(save(tmp_path / "a.gguf", {f"blk.0.{name}.weight": kernel})).findings
+    assert found.shape == alone.shape == (8, 1, 4)
+    assert found.condition_number == alone.condition_number > 1
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,23 @@ def test_convolutions_equal_action_of_layers(file: str) -> None:
     assert "groups" not in str(wc.audit(DATA / file).coverage)
 
 
+@pytest.mark.parametrize("multiplier", [1, 2])
+@pytest.mark.parametrize("dimensions", [1, 2])
+def test_depthwise_kernel_measured_like_model(
+    tmp_path: Path, dimensions: int, multiplier: int
+) -> None:
+    convolution = (nn.Conv1d, nn.Conv2d)[dimensions - 1]
+    model = convolution(4, 4 * multiplier, 3, groups=4)
+    kernel = model.weight.detach().unflatten(0, (4, multiplier)).squeeze(2)
+    layer = f"depthwise_conv{dimensions}d"
+    name = f"{layer}/{layer}/depthwise_kernel:0"
+    path = of_keras_2(tmp_path / "a.h5", {name: kernel.movedim((0, 1), (-2, -1)).numpy()})
+    (alone,), (found,) = wc.audit(model).findings, wc.audit(path).findings
+    assert found.shape == alone.shape
+    assert found.condition_number == pytest.approx(alone.condition_number)
+    assert found.condition_number > 1
+
+
 @pytest.mark.parametrize("file", ["sequences.keras", "sequences.h5"])
 def test_attention_and_einsum_equal_action_of_layers(file: str) -> None:
     found, action = matrices(DATA / file), actions("sequences")

@@ -18,6 +18,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from safetensors.torch import load_file
+from torch import nn
 
 import wellcond as wc
 from wellcond.cli import main
@@ -145,6 +146,12 @@ ACTIONS: dict[str, tuple[list[Any], dict[str, Any], tuple[int, ...]]] = {
     ),
     "Conv": ([node("Conv", "X W")], {"W": randn(5, 3, 2, 2)}, (1, 3, 2, 2)),
     "Conv in groups": ([node("Conv", "X W", group=2)], {"W": randn(6, 2, 3)}, (1, 4, 3)),
+    "Conv, depthwise": ([node("Conv", "X W", group=4)], {"W": randn(4, 1, 3)}, (1, 4, 3)),
+    "Conv, depthwise with a multiplier": (
+        [node("Conv", "X W", group=4)],
+        {"W": randn(8, 1, 3)},
+        (1, 4, 3),
+    ),
     "ConvTranspose": ([node("ConvTranspose", "X W")], {"W": randn(3, 5, 2)}, (1, 3, 1)),
     "ConvTranspose in groups": (
         [node("ConvTranspose", "X W", group=2)],
@@ -233,14 +240,19 @@ def test_torch_export_has_values_of_weights() -> None:
             expected = expected.reshape(matrix.shape)
         torch.testing.assert_close(matrix, expected.double(), rtol=0, atol=0)
         matched += 1
-    assert matched == 16 + 6 + 5  # including the embedding
+    assert matched == 16 + 6 + 6  # including the embedding
     report = wc.audit(DATA / "exported.onnx")
     notes = {finding.name: finding.explanation for finding in report.findings}
     assert notes["val_0"].startswith("a folded constant of MatMul ")
     assert notes["head.weight"] == ""
     skipped = {name: why.reason for name, why in report.coverage.skipped.items()}
     assert skipped["words.weight"] is Reason.embedding
-    assert skipped["depthwise.weight"] is Reason.one_row
+    model = nn.Conv1d(4, 4, 3, groups=4)
+    model.weight = nn.Parameter(weights["depthwise.weight"])
+    (alone,) = wc.audit(model).findings
+    (inside,) = (one for one in report.findings if one.name == "depthwise.weight")
+    assert inside.shape == alone.shape == (4, 1, 3)
+    assert inside.condition_number == alone.condition_number > 1
     assert report.coverage.note == ""  # the file contains the number of groups
 
 

@@ -332,8 +332,8 @@ def _in_unknown_groups(row: Row) -> bool:
     spec, finding = row
     if spec.source.tensor is None or not (spec.covers and finding.measured):
         return False
-    view = spec.source.tensor.views.get("kernel")
-    return finding.view == "kernel" and getattr(view, "groups", None) is None
+    view, known = spec.source.tensor.views.get("kernel"), spec.source.tensor.grouped
+    return finding.view == "kernel" and not known and getattr(view, "groups", None) is None
 
 
 def _check_measured(

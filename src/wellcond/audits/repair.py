@@ -24,6 +24,7 @@ from wellcond.audits.sources import source_of_file
 from wellcond.files.built import BuildError, Built
 from wellcond.files.checkpoint import Checkpoint
 from wellcond.files.collection import INDEX, PICKLED, is_of_torch
+from wellcond.files.formats import ending_of
 from wellcond.files.plain import PlainWeight, check_plain, dtype_of, write_plain
 from wellcond.files.tensors import Holder
 from wellcond.linalg.nearest import check_limit
@@ -386,11 +387,16 @@ def _check_ending(source: Path, target: Path, dequantise: bool) -> None:
                 f"that format, got {target.name}."
             )
         return
-    same = {source.suffix} if source.suffix == ".safetensors" else {source.suffix, *PICKLED}
-    fits = target.name.endswith(tuple(same)) and not target.name.endswith(INDEX)
-    if source.is_file() and not fits:
+    if not source.is_file():
+        return
+    endings: tuple[str, ...] = PICKLED
+    kind, fits = "torch.save", target.suffix == source.suffix != ".safetensors"
+    if ending_of(source).lower().endswith(".safetensors"):
+        kind, fits, endings = "safetensors", False, (".safetensors",)
+    if not (fits or target.name.endswith(endings)) or target.name.endswith(INDEX):
+        kept = source.suffix if source.suffix in endings else endings[0]
         raise ValueError(
-            f"`path_out` must end in {' or '.join(sorted(same))}, because the copy has the format "
-            f"of {source.name}, got {target.name}. "
-            f"Choose {target.with_suffix(source.suffix).name}."
+            f"`path_out` must end in {' or '.join(sorted(endings))}, because the copy has the "
+            f"format of {source.name}, which is a {kind} file, got {target.name}. Choose "
+            f"{target.with_suffix(kept).name}."
         )

@@ -37,6 +37,10 @@ from wellcond.weights.matrices import Matrices, entries
 from wellcond.weights.reasons import Reason, Skipped
 from wellcond.weights.sizes import find_geometries
 
+_FLATTEN = (
+    'If several contain weights, join their names: wc.audit({f"{a}.{b}": w for a, inner in '
+    "state.items() for b, w in inner.items()})."
+)
 Auditable: TypeAlias = nn.Module | str | os.PathLike[str] | Mapping[str, Any]
 
 
@@ -113,9 +117,11 @@ def source_of(model_or_path: Auditable, example: Any = None, base: Any = None) -
             model_or_path = tensors_of(model_or_path)
         source = source_of_file(Checkpoint(model_or_path))
         return source if base is None else _with_base(source, source_of(base))
+    is_array = isinstance(getattr(model_or_path, "ndim", None), int)
     raise TypeError(
         "`model_or_path` must be a torch.nn.Module, a path or a mapping of names to tensors, got "
         f"{type(model_or_path).__name__}."
+        + (' Give the array a name: {"weight": array}.' if is_array else "")
     )
 
 
@@ -135,9 +141,10 @@ def tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
             )
         where = f'`model_or_path["{escape(name)}"]`'
         if isinstance(value, Mapping | list | tuple | nn.Module):
+            nested = f" {_FLATTEN}" if isinstance(value, Mapping) else ""
             raise TypeError(
                 f"{where} must be a torch.Tensor or a NumPy array, got {type(value).__name__}. "
-                "Pass the mapping that directly contains the weights."
+                f"Pass the mapping that directly contains the weights.{nested}"
             )
         if isinstance(value, Tensor) or getattr(value, "ndim", None):  # an array, such as of JAX
             tensors[name] = as_tensor(value, where)

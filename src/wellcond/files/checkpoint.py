@@ -329,6 +329,7 @@ class Checkpoint(Files):
                 note=seen.note,
                 stored=not entry.stored_as,
                 stored_as=entry.stored_as,
+                grouped=seen.grouped,
             )
             if isinstance(holder, Built):
                 recipe = holder.recipe

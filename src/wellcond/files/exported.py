@@ -2,15 +2,17 @@
 
 Since torch 2.9, JSON describes the record and the strides of each tensor, and whether it is a
 parameter. Before, the archive contains a torch.save file with a state dict, and the signature of
-the program names the parameters.
+the program names the parameters. The graph of the program states the groups of its convolutions.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,8 @@ from wellcond.files.inert import ForeignTensor, Storage, is_shape, rebuild_tenso
 from wellcond.files.nested import tensors_in
 from wellcond.files.stored import Described, StoredFile, describe_tensors, leave_out, mark_shared
 from wellcond.files.tensors import DamagedError, NoTensorsError, UnreadableError
+from wellcond.weights.fused import Views
+from wellcond.weights.kernels import view_groups
 
 _KIND = "torch.export program"
 _LOAD = "torch.save(torch.export.load(path).state_dict, other)"
@@ -36,6 +40,8 @@ _CONFIG = re.compile(r"data/(weights|constants)/(.+)_\1_config\.json")
 _STATE = re.compile(r"data/weights/(.+)\.pt")  # of torch 2.8
 # The records of torch before 2.8, which are in no folder.
 FLAT = ("serialized_state_dict.pt", "serialized_exported_program.json")
+_MODEL = "models/{}.json"
+_CONVOLUTION = re.compile(r"torch\.ops\.aten\.(conv(_transpose)?[123]d|convolution)\..*")
 _JSON = 32 << 20  # bytes; Python needs up to about 25 times as much memory to parse it
 _STRIDED = 7
 _DTYPES = {
@@ -58,6 +64,7 @@ class Exported(StoredFile):
         self._tensors, self._storages = {}, {}
         self._parameters: set[str] = set()  # empty if the parameters are unknown
         self._constants: set[str] = set()
+        self._groups: dict[str, int] = {}  # of the kernels of convolutions
         with errors_as_damage(path, _KIND, "torch.export does not describe weights like this"):
             self._load(Extent.whole(path))
         if not self._tensors:
@@ -67,6 +74,11 @@ class Exported(StoredFile):
             )
         self.entries = describe_tensors(self._tensors)
         self._leave_out_parts()
+        for name, groups in self._groups.items():
+            entry = self.entries.get(name)
+            if entry is not None and len(entry.shape) > 2 and entry.shape[0] % groups == 0:
+                views = Views(view_groups(groups), grouped=True)
+                self.entries[name] = replace(entry, views=views)
         for name, entry in self.entries.items():
             if name in self._constants:
                 self.entries[name] = leave_out(entry, "a constant")
@@ -88,10 +100,8 @@ class Exported(StoredFile):
             if not described and len(states) == 1:
                 region = self._storages[states[0][0].lower()]
                 _check_uncompressed(self.path, bool(region.compressed))
-                model = f"models/{states[0][1]}.json"
-                known = model in records and records.size(model) <= _JSON
                 state = Extent(self.path, region.start, region.size)
-                self._load_state(state, _parse(records, model) if known else {})
+                self._load_state(state, _parse_model(records, states[0][1]))
                 return
             if not described:
                 raise UnreadableError(
@@ -102,6 +112,9 @@ class Exported(StoredFile):
             for found in configs:
                 prefix = f"{found[2]}." if several else ""
                 self._load_config(records, found[0], f"data/{found[1]}", prefix)
+                if found[1] == "weights":
+                    kernels = _find_kernels(_parse_model(records, found[2]))
+                    self._groups |= {f"{prefix}{name}": groups for name, groups in kernels.items()}
 
     def _load_config(self, records: Records, name: str, folder: str, prefix: str) -> None:
         """Adds the tensors that a JSON record describes."""
@@ -122,7 +135,8 @@ class Exported(StoredFile):
         saved = load_saved(state)
         self._storages, self._swapped = saved.storages, saved.swapped
         self._tensors, self.others, self.classes = tensors_in(saved.content, self.path)
-        self._parameters = set(_parameters_in(description))
+        self._parameters = {name for _, name in _parameters_in(description)}
+        self._groups = _find_kernels(description)
 
 
 def _find_flat(whole: Extent) -> tuple[Extent, bytes] | None:
@@ -159,12 +173,36 @@ def _parse(records: Records, name: str) -> Any:
     return json.loads(records.read(name))
 
 
-def _parameters_in(description: Any) -> Iterator[str]:
-    """Yields the parameters that the signature of a program names."""
+def _parse_model(records: Records, name: str) -> Any:
+    """Returns the description of a program; {} if it is missing or too long."""
+    model = _MODEL.format(name)
+    return _parse(records, model) if 0 < records.size(model) <= _JSON else {}
+
+
+def _parameters_in(description: Any) -> Iterator[tuple[str, str]]:
+    """Yields the name of each parameter in the graph and in the model."""
     specs = description["graph_module"]["signature"]["input_specs"] if description else []
     for one in specs:
         if isinstance(one.get("parameter"), Mapping):
-            yield one["parameter"]["parameter_name"]
+            yield one["parameter"]["arg"]["name"], one["parameter"]["parameter_name"]
+
+
+def _find_kernels(description: Any) -> dict[str, int]:
+    """Returns the number of groups of each kernel; omits kernels with several numbers."""
+    found: dict[str, set[Any]] = {}
+    with contextlib.suppress(KeyError, TypeError, AttributeError):  # another version of the schema
+        names = dict(_parameters_in(description))
+        for node in description["graph_module"]["graph"]["nodes"] if names else []:
+            if _CONVOLUTION.fullmatch(node["target"]):
+                given = {one["name"]: one["arg"] for one in node["inputs"]}
+                groups = given.get("groups", {"as_int": 1}).get("as_int")
+                found.setdefault(given["weight"]["as_tensor"]["name"], set()).add(groups)
+        return {
+            names[kernel]: groups
+            for kernel, (groups, *others) in found.items()
+            if kernel in names and type(groups) is int and groups > 0 and not others
+        }
+    return {}
 
 
 def _describe(records: Records, folder: str, payload: Mapping[str, Any]) -> Described:

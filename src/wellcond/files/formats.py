@@ -66,6 +66,7 @@ _BEGINNINGS = (
     (4, b"TFL3", ".tflite"),
     (4, b"PTMF", ".flatbuffer"),
     (64, b"\xef\xbe\xad\xde", _BLOBS),
+    (2, b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19", ".pt"),  # torch.save before torch 1.6
 )
 
 
@@ -108,6 +109,9 @@ def _by_content(path: Path) -> str:
     for at, mark, ending in _BEGINNINGS:
         if start[at:].startswith(mark):
             return ending
+    length = int.from_bytes(start[:8], "little")
+    if re.match(rb"\{\s*[\"}]", start[8:]) and 8 + length <= path.stat().st_size:
+        return ".safetensors"
     if not start.startswith(b"PK"):
         return ""
     try:
@@ -125,6 +129,8 @@ def _by_content(path: Path) -> str:
         return ".pt2"
     if {"data.pkl", "constants.pkl"} <= inner:
         return ".jit"
+    if "data.pkl" in inner and not format_by_name(path):  # a .distcp shard may be such an archive
+        return ".pt"
     return ""
 
 

@@ -30,6 +30,8 @@ from wellcond.files.tensors import (
     explain_non_weight,
 )
 from wellcond.text import escape
+from wellcond.weights.fused import Views
+from wellcond.weights.kernels import view_groups
 from wellcond.weights.reasons import Reason, Skipped
 
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
@@ -336,9 +338,10 @@ def _describe(name: str, shape: tuple[int, ...], kind: int, package: Any) -> Ent
         newer = "a newer version may: pip install --upgrade gguf"
         why = f"{stored_as}, which the installed package gguf does not decode; {newer}"
         skipped = Skipped(Reason.undecoded, why)
-    elif skipped is None and len(shape) == 2 and _DEPTHWISE.fullmatch(name):
-        skipped = Skipped(Reason.one_row)
-    return Entry(name, shape, dtype, called not in _INTEGERS, skipped, stored_as=stored_as)
+    depthwise = len(shape) == 2 and _DEPTHWISE.fullmatch(name)
+    views = Views(view_groups(shape[0])) if depthwise else None
+    parameter = called not in _INTEGERS
+    return Entry(name, shape, dtype, parameter, skipped, stored_as=stored_as, views=views)
 
 
 @cache

@@ -20,7 +20,7 @@ from wellcond.files.archive import (
     load_saved,
     refresh_checksums,
 )
-from wellcond.files.formats import ZERO
+from wellcond.files.formats import ZERO, is_pickle
 from wellcond.files.inert import Foreign, StoredTensor
 from wellcond.files.nested import LIGHTNING_VERSION, tensors_in
 from wellcond.files.stored import StoredFile, describe_tensors, mark_shared, view_of
@@ -28,6 +28,10 @@ from wellcond.files.tensors import NoTensorsError, UnreadableError, Write
 from wellcond.weights.reasons import Reason, Skipped
 
 _KIND = "torch.save file"
+_CUT_OFF = "it contains no complete pickle"
+_UNLIKE = "it does not look like one, so its name may have the wrong ending"
+# The keys of a checkpoint whose value is usually the state dict.
+_STATE_DICTS = ("state_dict", "model_state_dict", "model")
 
 
 class Pickled(StoredFile):
@@ -52,7 +56,8 @@ class Pickled(StoredFile):
         return zipfile.is_zipfile(path)
 
     def _load(self) -> Any:
-        with errors_as_damage(self.path, _KIND):
+        looks_right = is_archive(self._extent) or is_pickle(self.path)
+        with errors_as_damage(self.path, _KIND, _CUT_OFF if looks_right else _UNLIKE):
             saved = load_saved(self._extent)
             self._storages, self._swapped = saved.storages, saved.swapped
             self._tensors, self.others, self.classes = tensors_in(saved.content, self.path)
@@ -107,6 +112,13 @@ class Pickled(StoredFile):
 
 def _without_tensor(content: Any, others: Mapping[str, Skipped]) -> str:
     """Describes the content of a file without tensors, and states the remedy."""
+    if isinstance(content, Mapping) and (
+        not content or any(content.get(key) == {} for key in _STATE_DICTS)
+    ):
+        return (
+            "an empty state dict. The saved model has no parameters and no buffers: save a model "
+            "that has some."
+        )
     if isinstance(content, Mapping) and LIGHTNING_VERSION in content:
         return (
             "the state of a Lightning trainer and no tensor. The weights of a sharded checkpoint "

@@ -51,10 +51,14 @@ _GATED_ORDER = (
 
 @dataclass(frozen=True)
 class Views:
-    """The matrices in a tensor, by view name ("" for a single one), and a note."""
+    """The matrices in a tensor, by view name ("" for a single one), and a note.
+
+    `grouped` states whether the number of groups of a kernel is known, also if it is one.
+    """
 
     views: Mapping[str, View] = field(default_factory=lambda: {"": STORED})
     note: str = ""
+    grouped: bool = False
 
 
 @dataclass(frozen=True)

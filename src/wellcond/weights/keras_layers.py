@@ -13,8 +13,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from wellcond.operators.views import Axes, InputsFirst, Part
+from wellcond.operators.views import Axes, InputsFirst
 from wellcond.weights.fused import Views
+from wellcond.weights.kernels import BY_NAME, KERAS_GATES, view_gates
 from wellcond.weights.names import find_non_weights
 from wellcond.weights.reasons import Reason, Skipped
 
@@ -23,10 +24,10 @@ _CONVOLUTIONS = {f"conv{n}d": n for n in _DIMENSIONS}
 _TRANSPOSED = {f"conv{n}d_transpose": n for n in _DIMENSIONS}
 _DEPTHWISE = {f"depthwise_conv{n}d": n for n in _DIMENSIONS}
 _SEPARABLE = {f"separable_conv{n}d": n for n in _DIMENSIONS}
-# The cell of a recurrent layer, and the gates of a cell in their order, with the names of torch.
+# The cell of a recurrent layer, and the gates of a cell.
 _CELLS = {"lstm": "lstm_cell", "gru": "gru_cell", "simple_rnn": "simple_rnn_cell"}
 _CELLS |= {f"conv_lstm{n}d": "conv_lstm_cell" for n in _DIMENSIONS}
-_GATES = {"lstm_cell": "ifgo", "conv_lstm_cell": "ifgo", "gru_cell": "zrn", "simple_rnn_cell": ""}
+_GATES = {**KERAS_GATES, "simple_rnn_cell": ""}
 _ATTENTION = ("multi_head_attention", "group_query_attention", "grouped_query_attention")
 # The number of input axes of a projection of attention.
 _PROJECTIONS = {"query_dense": 1, "key_dense": 1, "value_dense": 1, "output_dense": 2}
@@ -63,7 +64,6 @@ _UNKNOWN = "its layer is unknown, because there is no config.json: save the mode
 _UNKNOWN += "contains one"
 _NOT_DESCRIBED = "config.json does not describe it: reshape it to (inputs, outputs), and audit that"
 _NO_EQUATION = "its equation is unknown, because there is no config.json: save the model as .keras"
-_BY_NAME = "read as a Keras {} because of its name: no config.json describes it"
 _ASSUMED = "its layer is unknown: read as (inputs, outputs)"
 
 
@@ -168,7 +168,7 @@ def find_views(layer: Layer, name: str, shape: tuple[int, ...]) -> Views | Skipp
     found = _find_views(layer, name, shape)
     unsure = len(shape) > 2 or layer.kind in _GATES  # a transposed matrix has the same spectrum
     if layer.guess and unsure and isinstance(found, Views):
-        return Views(found.views, _BY_NAME.format(layer.kind))
+        return Views(found.views, BY_NAME.format(layer.kind))
     return found
 
 
@@ -198,8 +198,6 @@ def _find_views(layer: Layer, name: str, shape: tuple[int, ...]) -> Views | Skip
     dimensions = (_CONVOLUTIONS | _TRANSPOSED | _DEPTHWISE | _SEPARABLE).get(kind)
     if dimensions is not None and ndim == dimensions + 2:
         if kind in _DEPTHWISE or own == "depthwise_kernel":
-            if shape[-1] == 1:
-                return Skipped(Reason.one_row)
             return Views({"kernel": InputsFirst(ndim - 2, groups=shape[-2])})
         groups = _read_groups(layer, shape) if kind in _CONVOLUTIONS else 1
         return Views({"kernel": InputsFirst(ndim - 1, groups)})
@@ -228,13 +226,11 @@ def _read_groups(layer: Layer, shape: tuple[int, ...]) -> int | None:
 
 def _find_gates(gates: str, shape: tuple[int, ...]) -> Views | Skipped:
     """One block of the last axis per gate; the other axes are the inputs."""
-    whole = InputsFirst(len(shape) - 1)
     if not gates:
-        return Views({"": whole})
+        return Views({"": InputsFirst(len(shape) - 1)})
     if shape[-1] % len(gates):
         return Skipped(Reason.unknown_use, f"its columns are not {len(gates)} gates")
-    size = shape[-1] // len(gates)
-    return Views({gate: Part(whole, i * size, size) for i, gate in enumerate(gates)})
+    return Views(view_gates(gates, shape))
 
 
 def _find_einsum(layer: Layer, ndim: int) -> Views | Skipped:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from wellcond.operators.views import STORED, Axes, InputsFirst, Kernel, Transposed, View
+from wellcond.operators.views import STORED, Axes, InputsFirst, Kernel, Part, Transposed, View
 from wellcond.text import join_remarks
 from wellcond.weights.architectures import KERNEL_OF_HEADS, KERNEL_OF_OUTPUT
 
@@ -26,8 +26,12 @@ _SCANNED = re.compile(rf"{_EXPERTS}|(^|[./])scan", re.IGNORECASE)  # nn.scan (Fl
 _HAIKU = re.compile(r"//(query|key|value|gating|output)_w$")
 # By default Flax numbers its classes. Keras has `conv2d_transpose`, with the inputs last.
 _TRANSPOSED = re.compile(r"ConvTranspose(_\d+)?")
+# The gates of the recurrent cells of Keras, in their order, with the names of torch.
+KERAS_GATES = {"lstm_cell": "ifgo", "conv_lstm_cell": "ifgo", "gru_cell": "zrn"}
+_CELL = re.compile(rf"({'|'.join(KERAS_GATES)})(_\d+)?")
 _WINDOW, _SIDE = 64, 11  # the longest usual kernels with one axis, and with two
 
+BY_NAME = "read as a Keras {} because of its name: no config.json describes it"
 _ONE_GROUP = "read as one group, although it may be depthwise: audit the model"
 _GROUPS = "read as one group, but its bias fits a transposed convolution of {}: audit the model"
 _EITHER = "the kernel of a Conv1d or a ConvTranspose1d, given its bias: the matrix is the same"
@@ -60,6 +64,8 @@ def infer_views(name: str, shapes: Shapes) -> NamedViews:
     shape = shapes[name]
     *modules, own = re.split(r"[./]", name)
     if len(shape) > 1 and _INPUTS_FIRST.fullmatch(own):
+        if cell := _view_cell(name, own, modules, shapes):
+            return cell
         bias = shapes.get(f"{name[: -len(own)]}bias", ())
         return _view_inputs_first(name, modules[-1] if modules else "", shape, bias)
     if len(shape) < 3:
@@ -112,6 +118,31 @@ def view_by_bias(name: str, shapes: Shapes) -> NamedViews | None:
         return {"kernel": InputsFirst(axes - 1)}, ""
     # (out, in, …), or transposed (in, out, …); with three axes this could be (window, out, in).
     return ({"": Kernel()}, "") if place == 0 or (place == 1 and axes > 3) else None
+
+
+def view_groups(groups: int) -> dict[str, View]:
+    """A kernel (out, in/groups, …) of a convolution whose number of groups is known."""
+    return {"": Kernel(groups if groups > 1 else None)}
+
+
+def view_gates(gates: str, shape: tuple[int, ...]) -> dict[str, View]:
+    """One block of the last axis per gate; the other axes are the inputs."""
+    whole, size = InputsFirst(len(shape) - 1), shape[-1] // len(gates)
+    return {gate: Part(whole, i * size, size) for i, gate in enumerate(gates)}
+
+
+def _view_cell(name: str, own: str, modules: list[str], shapes: Shapes) -> NamedViews | None:
+    """The gates of a recurrent cell of Keras, if the shapes of both its kernels fit its name."""
+    cell = _CELL.fullmatch(modules[-1]) if modules else None
+    if cell is None or not own.startswith(("kernel", "recurrent_kernel")):
+        return None
+    kind, gates = cell[1], KERAS_GATES[cell[1]]
+    stem, kernel = name.removesuffix(own), own.removeprefix("recurrent_")
+    given, hidden = (shapes.get(f"{stem}{part}{kernel}", ()) for part in ("", "recurrent_"))
+    alike = len(given) == len(hidden) > 1 and (len(given) > 2) == kind.startswith("conv")
+    if not (alike and given[-1] == hidden[-1] == len(gates) * hidden[-2]):
+        return None
+    return view_gates(gates, shapes[name]), BY_NAME.format(kind)
 
 
 def _view_inputs_first(

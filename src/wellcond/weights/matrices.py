@@ -30,6 +30,7 @@ class Matrices:
         stored: whether it is a stored parameter and not computed from parameters.
         parts: the names of the tensors of a file from which it is built; () if it is stored itself.
         stored_as: the format in which its entries are stored, such as "int4"; "" for their dtype.
+        grouped: whether the number of groups of a kernel is known, also if it is one.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Matrices:
     stored: bool = True
     parts: tuple[str, ...] = ()
     stored_as: str = ""
+    grouped: bool = False
 
 
 def is_vector(shape: Sequence[int]) -> bool:

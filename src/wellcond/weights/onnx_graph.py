@@ -595,8 +595,6 @@ def _kernel(node: str, groups: int, value: _Given) -> _Use:
     shape = value.shape
     if len(shape) < 3 or groups < 1 or shape[0] % groups:
         return _leave(node, value, Reason.dimensions)
-    if shape[0] == groups > 1:
-        return _Use(node, {}, Skipped(Reason.one_row, f"{groups} groups"))
     return _Use(node, {"": value.seen(Kernel(groups if groups > 1 else None))})
 
 
