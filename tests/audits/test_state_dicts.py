@@ -127,6 +127,9 @@ def test_error_for_nested_state_dict_joins_names() -> None:
 
 
 def test_example_requires_a_model() -> None:
+    model_of_keras = type("Model", (), {"__module__": "keras.src.models.model"})()
+    with pytest.raises(TypeError, match="got a model of Keras"):
+        wc.audit(model_of_keras)
     with pytest.raises(TypeError, match="`example` requires a model"):
         wc.audit({"w": torch.eye(2)}, example=torch.zeros(1, 2))
 

@@ -243,6 +243,17 @@ def test_unknown_endings_and_folders_without_weights_refused(tmp_path: Path) -> 
         Checkpoint(tmp_path / "nothing.pt")
 
 
+def test_folder_of_a_trainer_names_its_checkpoints(tmp_path: Path) -> None:
+    for step in (50, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        torch.save({"w": torch.eye(2)}, tmp_path / f"checkpoint-{step}" / "model.pt")
+    (tmp_path / "logs").mkdir()
+    with pytest.raises(
+        UnreadableError, match="only its subfolders do: checkpoint-100, checkpoint-50"
+    ):
+        Checkpoint(tmp_path)
+
+
 class Malicious:
     def __reduce__(self) -> tuple[object, ...]:
         return os.mkdir, (os.environ["WELLCOND_TEST_FOLDER"],)

@@ -100,6 +100,11 @@ def source_of(model_or_path: Auditable, example: Any = None, base: Any = None) -
             given for a model.
         ValueError: the base contains none of the adapted weights.
     """
+    if any(one.__module__.partition(".")[0] == "keras" for one in type(model_or_path).__mro__):
+        raise TypeError(
+            "`model_or_path` must be a torch.nn.Module, a path or a mapping of names to tensors, "
+            'got a model of Keras. Save it with model.save("model.keras"), and audit the file.'
+        )
     if isinstance(model_or_path, nn.Module):
         if base is not None:
             raise TypeError(

@@ -113,6 +113,13 @@ class Files:
             if other := other_folder(path):
                 raise UnreadableError(other)
             if not found:
+                # A trainer writes its checkpoints into subfolders.
+                below = [one.name for one in sorted(path.iterdir()) if _has_weights(one)]
+                if below:
+                    raise UnreadableError(
+                        f"{path} must contain checkpoint files, but only its subfolders do: "
+                        f"{list_some(below)}. Give the path of one of them."
+                    )
                 raise UnreadableError(
                     f"{path} must contain checkpoint files, but contains none whose name ends in "
                     f"{_ENDINGS}. Give the path of a file, or of the folder that contains it."
@@ -292,6 +299,13 @@ def _weight_files(directory: Path) -> list[Path]:
     if named or find_below(directory):
         return named
     return next(filter(None, (_files_of(reader, files) for reader in _OF_OTHERS)), [])
+
+
+def _has_weights(path: Path) -> bool:
+    try:
+        return path.is_dir() and bool(_weight_files(path))
+    except OSError:  # a folder that cannot be read
+        return False
 
 
 def _names_of(files: Iterable[Path]) -> dict[Path, str]:
