@@ -372,13 +372,16 @@ def test_compiled_step_applies_limits() -> None:
 
 
 @pytest.mark.frameworks
-def test_limits_on_lora_factors_do_not_bound_the_merged_weight() -> None:
+def test_limits_on_lora_factors_do_not_bound_the_merged_weight(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
     base = net()
     before = kappas(base)
     model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["0"], lora_alpha=64))
     reg = wc.Regularizer(model, LIMIT)
     assert all("lora_" in name for name in reg.names)
+    assert "each a factor of LoRA" in caplog.text
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
     reg.attach(optimizer, every=1)
     train(model, optimizer)

@@ -7,6 +7,7 @@ of such matrices. If a parameter has several views, each appends its own name:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
@@ -26,6 +27,8 @@ from wellcond.weights.matrices import is_vector
 from wellcond.weights.projections import Place, is_conv1d
 from wellcond.weights.reasons import Reason, Skipped
 from wellcond.weights.sizes import geometry_of
+
+_FACTOR = re.compile(r"(?:^|[._])lora_(?:[AB]|down|up)(?:[._]|$)")
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ class Weight:
     @property
     def caution(self) -> str:
         """What the stored tensor is, if it is not the effective weight; "" if it is."""
+        if _FACTOR.search(self.name):
+            return "a factor of LoRA, of which only the product with the other factor is used"
         notes = []
         for source in (*self.sources, *self.tied):
             module, attribute = source.owner, source.attribute
