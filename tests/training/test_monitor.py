@@ -79,6 +79,102 @@ def test_monitor_changes_nothing_and_estimates_improve() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def sigma_max(weight: Tensor) -> float:
+    return float(torch.linalg.matrix_norm(weight.detach().double(), 2))
+
+
+def is_estimate(found: float, exact: float) -> bool:
+    """Whether it is at most 1 % below the exact value, and above it only by rounding."""
+    return 0.99 * exact <= found <= exact * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (512, 512), (512, 128), (128, 512), (1024, 1024)])
+@pytest.mark.parametrize("rule", [None, wc.ConditionPenalty(0.1), wc.ConditionLimit(10)])
+def test_first_estimates_of_dense_spectra(shape: tuple[int, int], rule: Any) -> None:
+    layer = nn.Linear(*shape, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(shape[::-1], generator=torch.Generator().manual_seed(5)))
+    what: Any = wc.Monitor(layer) if rule is None else wc.Regularizer(layer, rule)
+    first, second = (what.measure()["weight"].sigma_max for _ in range(2))
+    exact = sigma_max(layer.weight)
+    assert is_estimate(first, exact)
+    assert second >= first * (1 - 1e-5)
+    if rule is None:
+        assert second <= first * 1.01  # a constant weight does not seem to grow
+
+
+@pytest.mark.parametrize("condition_numbers", [False, True])
+def test_estimates_follow_training(condition_numbers: bool) -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    inputs, targets = torch.randn(256, 256), torch.randint(10, (256,))
+    monitor = wc.Monitor(model, condition_numbers=condition_numbers)
+    for step in range(101):
+        for name, estimate in monitor.measure().items() if step % 50 == 0 else ():
+            sigma = torch.linalg.svdvals(model.get_parameter(name).detach().double())
+            if condition_numbers:
+                assert math.isclose(estimate.sigma_max, float(sigma[0]), rel_tol=1e-9)
+                assert estimate.sigma_min is not None
+                assert math.isclose(estimate.sigma_min, float(sigma[-1]), rel_tol=1e-6)
+                rank = float((sigma / sigma[0]).square().sum())
+                assert math.isclose(estimate.stable_rank, rank, rel_tol=1e-5)
+            else:
+                assert is_estimate(estimate.sigma_max, float(sigma[0]))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+
+
+def test_measured_extremes_are_logged() -> None:
+    model = net(3)
+    values = wc.Monitor(model, condition_numbers=True).log(lambda v, s: None, 0, layers=True)
+    sigma = [torch.linalg.svdvals(layer.weight.detach().double()) for layer in model]
+    assert values is not None
+    largest = max(float(s[0]) for s in sigma)
+    assert math.isclose(values["wellcond/sigma_max/largest"], largest, rel_tol=1e-9)
+    smallest = min(float(s[-1]) for s in sigma)
+    assert math.isclose(values["wellcond/sigma_min/smallest"], smallest, rel_tol=1e-9)
+    assert math.isclose(values["wellcond/weights/1.weight/sigma_min"], float(sigma[1][-1]))
+
+
+def test_frozen_weights_are_watched() -> None:
+    model = net(3).requires_grad_(False)
+    assert wc.Monitor(model).names == ["0.weight", "1.weight", "2.weight"]
+    model[1].requires_grad_(True)
+    monitor = wc.Monitor(model, ["0.*", "1.*"])
+    model[0].requires_grad_(True)
+    assert list(monitor.measure()) == ["0.weight", "1.weight"]
+    with pytest.raises(ValueError, match="at least one weight to watch"):
+        wc.Monitor(nn.LayerNorm(8))
+    with pytest.raises(ValueError, match="at least one weight to limit"):
+        wc.enforce(nn.LayerNorm(8), wc.ConditionLimit(2))
+    with pytest.raises(ValueError, match="at least one weight to regularise"):
+        wc.Regularizer(nn.LayerNorm(8), wc.ConditionLimit(2))
+
+
+@pytest.mark.parametrize("make", [wc.Monitor, lambda m: wc.Regularizer(m, wc.ConditionLimit(2.0))])
+def test_a_warning_names_weights_that_are_not_finite_once(
+    make: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = net(3)
+    what = make(model)
+    with torch.no_grad():
+        model[0].weight.zero_()  # as of a new adapter: not an error
+        model[1].weight[0, 0] = math.nan
+    for step in (7, 8):
+        values = what.log(lambda values, step: None, step, every=1)
+        assert values["wellcond/not_measurable"] == 2
+    with torch.no_grad():
+        model[2].weight[0, 0] = math.inf
+    what.log(lambda values, step: None, 9, every=1)
+    named = [text for text in caplog.messages if "NaN or infinity" in text]
+    assert named == [
+        '"1.weight" is not finite at step 7: NaN or infinity.',
+        '"2.weight" is not finite at step 9: NaN or infinity.',
+    ]
+
+
 def test_log_interval_and_default_step() -> None:
     model = net(2)
     reg = wc.Regularizer(model, wc.ConditionPenalty(0.1))

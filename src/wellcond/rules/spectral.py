@@ -34,6 +34,7 @@ _LEAST_HEADROOM = 1.05  # with less, each projection is measured
 _CLUSTER = 1.5  # below this kappa, blocks of singular vectors do not resolve the ends of a spectrum
 # If rounding may add more than this share to kappa, a weight is measured after a projection.
 _ROUNDING = 0.2
+_NO_LOWER = "No lower bound is known for the smallest singular value of a convolution."
 
 
 def _describe(rule: Any) -> str:
@@ -202,11 +203,12 @@ class ConditionLimit(SpectralLimit):
         headroom: the factor by which a watched weight is projected inside the limit, at least 1. A
             larger headroom makes projections rarer. Below 1.05, each projection is measured in
             float64.
+        acting: must be False; only `SingularValueLimit` limits a convolution as a linear operator.
 
     Raises:
-        ValueError: K < 1 or nan; upper is not positive and finite; headroom < 1. When the limit is
-            applied: rounding to the dtype always raises kappa of a weight above K, as in bfloat16
-            for K below about 1.004.
+        ValueError: K < 1 or nan; upper is not positive and finite; headroom < 1; acting is True.
+            When the limit is applied: no weight in its dtype near the stored one satisfies the
+            limit, as in bfloat16 for K below about 1.004.
         TypeError: an argument is not a number.
 
     Example:
@@ -221,8 +223,14 @@ class ConditionLimit(SpectralLimit):
     max_condition: float
     upper: float | None = field(default=None, kw_only=True)
     headroom: float = field(default=1.5, kw_only=True)
+    acting: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
+        if self.acting:
+            raise ValueError(
+                f"`acting` must be False for ConditionLimit, got {self.acting!r}. {_NO_LOWER} To "
+                "limit its largest singular value, use SingularValueLimit(upper=..., acting=True)."
+            )
         object.__setattr__(self, "max_condition", check_limit(self.max_condition))
         _check_bounds(self, "upper")
 
@@ -352,8 +360,8 @@ class SingularValueLimit(SpectralLimit):
             raise TypeError(f"`acting` must be a bool, got {type(self.acting).__name__}.")
         if self.acting and self.lower is not None:
             raise ValueError(
-                f"`lower` must be None if `acting` is True, got {self.lower}. No lower bound is "
-                "known for the smallest singular value of a convolution. Use `upper` only."
+                f"`lower` must be None if `acting` is True, got {self.lower}. {_NO_LOWER} Use "
+                "`upper` only."
             )
         _check_bounds(self, "lower", "upper")
         if not self._lower <= self._upper:

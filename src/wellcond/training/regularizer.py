@@ -23,7 +23,7 @@ from wellcond.operators.rounding import full_precision
 from wellcond.operators.sharded import is_sharded
 from wellcond.report.estimate import Estimate
 from wellcond.rules.base import Need
-from wellcond.text import escape, list_some, quote_names, quote_subject
+from wellcond.text import escape, format_count, list_some, quote_names, quote_subject
 from wellcond.training.attachment import (
     Actions,
     Attachment,
@@ -120,6 +120,7 @@ class Regularizer:
         self._engine = Engine(self._states, replicas, check_replicas)
         self._compilable = Compilable(self._engine)
         self._oversights = Oversights(unwrapped(model), self._states)
+        self._named: set[str] = set()  # the weights that a warning of `log` has named
         warn_of_stored(self._states)
 
     # --- application ------------------------------------------------------------------------------
@@ -349,9 +350,10 @@ class Regularizer:
     def measure(self) -> dict[str, Estimate]:
         """Estimates the singular values of every weight by a few products, without an SVD.
 
-        The stored blocks do not change. An estimate takes five products with the vectors of the
-        block. It takes thirteen under a rule that keeps no block, such as a hard limit, because
-        the vectors are computed anew each time.
+        The stored blocks do not change. An estimate takes about 16 products with a block of 32
+        vectors, and 25 with a narrower one. Under a rule that keeps no block, such as a hard limit,
+        a new block of 8 vectors is used each time. sigma_max is estimated from below: it was at
+        most 0.5 % too low for Gaussian matrices from 64x64 to 1024x1024, and less in training.
 
         Returns:
             An `Estimate` per weight name. A stack has one entry per matrix: `name:0`, `name:1`, ...
@@ -410,7 +412,7 @@ class Regularizer:
         """
         step = self._steps() if step is None else step
         self._oversights.check_log(self._attachments, step % as_count(every, "`every`") == 0)
-        values = log(self.measure, target, step, every, layers, prefix)
+        values = log(self.measure, target, step, every, layers, prefix, self._named)
         if values is not None:
             for state in self._states:
                 state.record.largest = math.nan  # since the last report
@@ -436,7 +438,8 @@ class Regularizer:
     def __repr__(self) -> str:
         """About ten lines for any model: common facts, the worst weights, counts of the rest."""
         count = len(self._states)
-        lines = [f"Regularizer of {count} weight{'s' * (count != 1)}, block_size={self.block_size}"]
+        weights = format_count(count, "weight")
+        lines = [f"Regularizer of {weights}, block_size={self.block_size}"]
         remarks = {state.name: self._remarks(state) for state in self._states}
         facts = {state.name: self._facts(state, remarks[state.name]) for state in self._states}
         first, *others = facts.values()
@@ -469,7 +472,7 @@ class Regularizer:
         if not self.attachments and any(state.rule.enforceable for state in self._states):
             steps = self._steps()
             lines.append(
-                f"  detached after {steps} steps: only enforce() applies the limits"
+                f"  detached after {format_count(steps, 'step')}: only enforce() applies the limits"
                 if steps
                 else "  not attached to an optimizer: only enforce() applies the limits"
             )
@@ -491,7 +494,8 @@ class Regularizer:
             remarks.append(f"{state.caution}: the rule acts on that, not on the effective weight")
         if not state.shortened.is_meta and (shortened := int(state.shortened)):
             remarks.append(
-                f"{shortened} proximal steps were shortened, because the block has only "
+                f"{format_count(shortened, 'proximal step')} {'was' if shortened == 1 else 'were'} "
+                "shortened, because the block has only "
                 f"{state.width} singular triplets; raise block_size={self.block_size}"
             )
         if not state.crowded.is_meta and bool(state.crowded):
