@@ -186,12 +186,16 @@ def _status(S: SpectralOperator, verdict: Verdict) -> Tensor:
 class ConditionLimit(SpectralLimit):
     """The hard limit kappa <= K, and sigma_1 <= upper if `upper` is given.
 
+    kappa = sigma_1/sigma_nu is the condition number of the weight, the ratio of its largest to its
+    smallest singular value. K is `max_condition`.
+
     `reg.enforce()` and `attach(optimizer, every=N)` replace a weight that exceeds the limit by a
     nearest one that satisfies it (see `nearest`), as measured in float64 after rounding to the
     dtype of the weight. `attach(optimizer)` watches the weight by estimates of kappa: when the
     estimate exceeds 1 + 0.97 (K - 1), the weight is projected to kappa = 1 + (K - 1)/headroom, so
-    that kappa is about K or less after every step. Without `upper`, the limit is scale-invariant:
-    c S satisfies it if S does. A zero weight has no condition number and remains zero.
+    that kappa is about K or less after every step: at most 1.05 K from the 20th step on, as
+    measured, not proven. Without `upper`, the limit is scale-invariant: nonzero multiples of a weight
+    within the limit are within it too. A zero weight has no condition number and remains zero.
 
     A limit is not a `Penalty`: it has neither a value nor a gradient, so `reg()` and
     `reg.add_gradients()` raise an error.
@@ -207,8 +211,8 @@ class ConditionLimit(SpectralLimit):
 
     Raises:
         ValueError: K < 1 or nan; upper is not positive and finite; headroom < 1; acting is True.
-            When the limit is applied: no weight in its dtype near the stored one satisfies the
-            limit, as in bfloat16 for K below about 1.004.
+            When the limit is applied: no weight that is rounded to the dtype can satisfy K, as in
+            bfloat16 for K below about 1.004.
         TypeError: an argument is not a number.
 
     Example:
@@ -304,17 +308,19 @@ class ConditionLimit(SpectralLimit):
 class SingularValueLimit(SpectralLimit):
     """The hard limits lower <= sigma_nu and sigma_1 <= upper, either or both.
 
+    sigma_1 is the largest singular value of the weight, and sigma_nu the smallest.
+
     Use them for layers that must be Lipschitz (upper), invertible (lower) or nearly isometric
     (both). `reg.enforce()` and `attach(optimizer, every=N)` clip the singular values of a weight
     outside the bounds, which gives the nearest weight in the Frobenius norm, as measured in float64
     after rounding to the dtype of the weight. Unlike `ConditionLimit`, the bounds fix the scale.
 
-    `attach(optimizer)` watches the weight by estimates, so that the bounds hold nearly exactly
-    after every step. With `upper` only, each step refines a block of 16 leading singular vectors
-    and clips their singular values. If all of them are near the bound, others may be near it too,
-    and the weight is decomposed and projected to upper/headroom. With `lower`, a weight that comes
-    near a bound is projected inside both bounds, by the smaller of headroom and
-    (upper/lower)^(1/4).
+    `attach(optimizer)` watches the weight by estimates, so that the bounds nearly hold after every
+    step: sigma_1 is at most 1.01 upper from the 20th step on, as measured, not proven. With `upper`
+    only, each step refines a block of 16 leading singular vectors and clips their singular values.
+    If all of them are near the bound, others may be near it too, and the weight is decomposed and
+    projected to upper/headroom. With `lower`, a weight that comes near a bound is projected inside
+    both bounds, by the smaller of headroom and (upper/lower)^(1/4).
 
     With `lower`, all singular values of a zero weight become `lower`. Its singular vectors are
     arbitrary, but the same each time.
