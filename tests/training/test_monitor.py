@@ -1,6 +1,7 @@
 """Logs and monitors: logged values, targets, cost, and no side effects."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,41 @@ def test_measured_extremes_are_logged() -> None:
     smallest = min(float(s[-1]) for s in sigma)
     assert math.isclose(values["wellcond/sigma_min/smallest"], smallest, rel_tol=1e-9)
     assert math.isclose(values["wellcond/weights/1.weight/sigma_min"], float(sigma[1][-1]))
+
+
+def logged_keys() -> set[str]:
+    """The keys of a monitor, and of regularisers with each kind of rule, without names."""
+    model = net(3)
+    monitor = wc.Monitor(model, condition_numbers=True)
+    values = dict(monitor.log(lambda v, s: None, 0, layers=True) or {})
+    rules = [(wc.ConditionPenalty(0.1), None), (wc.ConditionLimit(2.0), None)]
+    rules += [(wc.ConditionLimit(2.0), 1), (wc.SingularValueLimit(upper=0.1), None)]
+    for rule, every in rules:
+        model = net(3)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        reg = wc.Regularizer(model, rule)
+        reg.attach(optimizer, every=every)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        for _ in range(4):
+            optimizer.step()
+        values |= reg.log(lambda v, s: None, 0, layers=True) or {}
+    with torch.no_grad():
+        model[0].weight.zero_()
+    values |= reg.log(lambda v, s: None, 0) or {}
+    return {re.sub(r"\d\.weight", "NAME", key.removeprefix("wellcond/")) for key in values}
+
+
+def test_page_lists_all_logged_keys() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "plain.md").read_text()
+    rows = page.partition("| key, after `wellcond/`")[2].partition("\n\n")[0].splitlines()
+    listed = set()
+    for row in rows[2:]:
+        for key in re.findall("`([^`]+)`", row.split("|")[1]):
+            if not key.startswith("/"):
+                base = key.rpartition("/")[0]
+            listed.add(base + key if key.startswith("/") else key)
+    assert logged_keys() == listed
 
 
 def test_frozen_weights_are_watched() -> None:

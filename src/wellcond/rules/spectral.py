@@ -194,8 +194,9 @@ class ConditionLimit(SpectralLimit):
     dtype of the weight. `attach(optimizer)` watches the weight by estimates of kappa: when the
     estimate exceeds 1 + 0.97 (K - 1), the weight is projected to kappa = 1 + (K - 1)/headroom, so
     that kappa is about K or less after every step: at most 1.05 K from the 20th step on, as
-    measured, not proven. Without `upper`, the limit is scale-invariant: nonzero multiples of a weight
-    within the limit are within it too. A zero weight has no condition number and remains zero.
+    measured, not proven. Without `upper`, the limit is scale-invariant: nonzero multiples of a
+    weight within the limit are within it too. A zero weight has no condition number and remains
+    zero.
 
     A limit is not a `Penalty`: it has neither a value nor a gradient, so `reg()` and
     `reg.add_gradients()` raise an error.
