@@ -59,6 +59,16 @@ def quote_subject(names: Collection[str]) -> str:
     return f"{quote_names(names)} {'is' if len(names) == 1 else 'are'}"
 
 
+def format_count(number: int, noun: str) -> str:
+    """The number and the noun, in the plural where necessary: "1 step", "2 steps"."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def format_times(number: int) -> str:
+    """How often something happened: "once", "2 times"."""
+    return "once" if number == 1 else f"{number} times"
+
+
 def suggest_patterns(patterns: Iterable[str], names: Iterable[str]) -> str:
     """The remedy for patterns that match only a part of a name, such as the name of a module."""
     names = list(names)

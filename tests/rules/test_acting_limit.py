@@ -73,7 +73,7 @@ def test_an_attached_limit_holds_at_every_step(name: str) -> None:
         if step % 3 == 0:
             assert norm(layer) <= (1.02 if step >= 20 else 1.1) * B
     assert norm(layer) > 0.5 * B
-    assert "projected 1 times" in repr(reg) or name == "one by one"
+    assert "projected once" in repr(reg) or name == "one by one"
     values = reg.log(lambda values, step: None, 0)
     assert values is not None
     assert values["wellcond/limit/excess/largest"] <= 1.01
@@ -149,6 +149,13 @@ class Standardised(nn.Conv2d):
 def test_acting_raises_where_unsupported() -> None:
     with pytest.raises(ValueError, match="`lower` must be None if `acting`"):
         wc.SingularValueLimit(lower=0.1, upper=1.0, acting=True)
+    with pytest.raises(ValueError, match="No lower bound is known for the smallest") as error:
+        wc.ConditionLimit(10, acting=True)
+    assert "use SingularValueLimit(upper=..., acting=True)" in str(error.value)
+    with pytest.raises(ValueError, match="No lower bound is known for the smallest"):
+        wc.ConditionLimit(10, upper=1.0, acting=True)
+    assert wc.ConditionLimit(10, acting=False) == wc.ConditionLimit(10)
+    assert repr(wc.ConditionLimit(10, acting=False)) == repr(wc.ConditionLimit(10))
     with pytest.raises(TypeError, match="`acting` must be a bool"):
         wc.SingularValueLimit(upper=1.0, acting=1)  # type: ignore[arg-type]
     limit = wc.SingularValueLimit(upper=1.0, acting=True)

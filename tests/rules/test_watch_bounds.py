@@ -126,3 +126,28 @@ def test_repr_describes_when_weights_are_projected_or_not_watched() -> None:
     reg.detach()
     reg.attach(torch.optim.SGD(model.parameters(), 0.1), every="auto")
     assert "close together: scheduled by its learning rates" in repr(reg)
+
+
+def test_repr_counts_in_words() -> None:
+    layer = nn.Linear(8, 8, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.diag(torch.linspace(1.0, 8.0, 8)))
+    optimizer = torch.optim.SGD(layer.parameters(), 0.0)
+    reg = wc.Regularizer(layer, wc.ConditionLimit(2.0))
+    handle = reg.attach(optimizer)
+    layer.weight.grad = torch.zeros_like(layer.weight)
+    optimizer.step()
+    assert "projected once in 1 step, decomposed once" in repr(reg)
+    optimizer.step()
+    assert "projected once in 2 steps, decomposed once" in repr(reg)
+    handle.remove()
+    assert "detached after 2 steps" in repr(reg)
+
+
+def test_repr_of_an_acting_limit_before_it_is_applied() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+    acting = wc.SingularValueLimit(upper=1.0, acting=True)
+    reg = wc.Regularizer(model, {"0.*": acting, "1.*": wc.SingularValueLimit(upper=1.0)})
+    first, second = (line for line in repr(reg).splitlines() if ".weight  " in line)
+    assert "acting=True" in first
+    assert "acting" not in second

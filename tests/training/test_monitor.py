@@ -1,6 +1,7 @@
 """Logs and monitors: logged values, targets, cost, and no side effects."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,137 @@ def test_monitor_changes_nothing_and_estimates_improve() -> None:
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def sigma_max(weight: Tensor) -> float:
+    return float(torch.linalg.matrix_norm(weight.detach().double(), 2))
+
+
+def is_estimate(found: float, exact: float) -> bool:
+    """Whether it is at most 1 % below the exact value, and above it only by rounding."""
+    return 0.99 * exact <= found <= exact * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (512, 512), (512, 128), (128, 512), (1024, 1024)])
+@pytest.mark.parametrize("rule", [None, wc.ConditionPenalty(0.1), wc.ConditionLimit(10)])
+def test_first_estimates_of_dense_spectra(shape: tuple[int, int], rule: Any) -> None:
+    layer = nn.Linear(*shape, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(shape[::-1], generator=torch.Generator().manual_seed(5)))
+    what: Any = wc.Monitor(layer) if rule is None else wc.Regularizer(layer, rule)
+    first, second = (what.measure()["weight"].sigma_max for _ in range(2))
+    exact = sigma_max(layer.weight)
+    assert is_estimate(first, exact)
+    assert second >= first * (1 - 1e-5)
+    if rule is None:
+        assert second <= first * 1.01  # a constant weight does not seem to grow
+
+
+@pytest.mark.parametrize("condition_numbers", [False, True])
+def test_estimates_follow_training(condition_numbers: bool) -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    inputs, targets = torch.randn(256, 256), torch.randint(10, (256,))
+    monitor = wc.Monitor(model, condition_numbers=condition_numbers)
+    for step in range(101):
+        for name, estimate in monitor.measure().items() if step % 50 == 0 else ():
+            sigma = torch.linalg.svdvals(model.get_parameter(name).detach().double())
+            if condition_numbers:
+                assert math.isclose(estimate.sigma_max, float(sigma[0]), rel_tol=1e-9)
+                assert estimate.sigma_min is not None
+                assert math.isclose(estimate.sigma_min, float(sigma[-1]), rel_tol=1e-6)
+                rank = float((sigma / sigma[0]).square().sum())
+                assert math.isclose(estimate.stable_rank, rank, rel_tol=1e-5)
+            else:
+                assert is_estimate(estimate.sigma_max, float(sigma[0]))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+
+
+def test_measured_extremes_are_logged() -> None:
+    model = net(3)
+    values = wc.Monitor(model, condition_numbers=True).log(lambda v, s: None, 0, layers=True)
+    sigma = [torch.linalg.svdvals(layer.weight.detach().double()) for layer in model]
+    assert values is not None
+    largest = max(float(s[0]) for s in sigma)
+    assert math.isclose(values["wellcond/sigma_max/largest"], largest, rel_tol=1e-9)
+    smallest = min(float(s[-1]) for s in sigma)
+    assert math.isclose(values["wellcond/sigma_min/smallest"], smallest, rel_tol=1e-9)
+    assert math.isclose(values["wellcond/weights/1.weight/sigma_min"], float(sigma[1][-1]))
+
+
+def logged_keys() -> set[str]:
+    """The keys of a monitor, and of regularisers with each kind of rule, without names."""
+    model = net(3)
+    monitor = wc.Monitor(model, condition_numbers=True)
+    values = dict(monitor.log(lambda v, s: None, 0, layers=True) or {})
+    rules = [(wc.ConditionPenalty(0.1), None), (wc.ConditionLimit(2.0), None)]
+    rules += [(wc.ConditionLimit(2.0), 1), (wc.SingularValueLimit(upper=0.1), None)]
+    for rule, every in rules:
+        model = net(3)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        reg = wc.Regularizer(model, rule)
+        reg.attach(optimizer, every=every)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        for _ in range(4):
+            optimizer.step()
+        values |= reg.log(lambda v, s: None, 0, layers=True) or {}
+    with torch.no_grad():
+        model[0].weight.zero_()
+    values |= reg.log(lambda v, s: None, 0) or {}
+    return {re.sub(r"\d\.weight", "NAME", key.removeprefix("wellcond/")) for key in values}
+
+
+def test_page_lists_all_logged_keys() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "plain.md").read_text()
+    rows = page.partition("| key, after `wellcond/`")[2].partition("\n\n")[0].splitlines()
+    listed = set()
+    for row in rows[2:]:
+        for key in re.findall("`([^`]+)`", row.split("|")[1]):
+            if not key.startswith("/"):
+                base = key.rpartition("/")[0]
+            listed.add(base + key if key.startswith("/") else key)
+    assert logged_keys() == listed
+
+
+def test_frozen_weights_are_watched() -> None:
+    model = net(3).requires_grad_(False)
+    assert wc.Monitor(model).names == ["0.weight", "1.weight", "2.weight"]
+    model[1].requires_grad_(True)
+    monitor = wc.Monitor(model, ["0.*", "1.*"])
+    model[0].requires_grad_(True)
+    assert list(monitor.measure()) == ["0.weight", "1.weight"]
+    with pytest.raises(ValueError, match="at least one weight to watch"):
+        wc.Monitor(nn.LayerNorm(8))
+    with pytest.raises(ValueError, match="at least one weight to limit"):
+        wc.enforce(nn.LayerNorm(8), wc.ConditionLimit(2))
+    with pytest.raises(ValueError, match="at least one weight to regularise"):
+        wc.Regularizer(nn.LayerNorm(8), wc.ConditionLimit(2))
+
+
+@pytest.mark.parametrize("make", [wc.Monitor, lambda m: wc.Regularizer(m, wc.ConditionLimit(2.0))])
+def test_a_warning_names_weights_that_are_not_finite_once(
+    make: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = net(3)
+    what = make(model)
+    with torch.no_grad():
+        model[0].weight.zero_()  # as of a new adapter: not an error
+        model[1].weight[0, 0] = math.nan
+    for step in (7, 8):
+        values = what.log(lambda values, step: None, step, every=1)
+        assert values["wellcond/not_measurable"] == 2
+    with torch.no_grad():
+        model[2].weight[0, 0] = math.inf
+    what.log(lambda values, step: None, 9, every=1)
+    named = [text for text in caplog.messages if "NaN or infinity" in text]
+    assert named == [
+        '"1.weight" is not finite at step 7: NaN or infinity.',
+        '"2.weight" is not finite at step 9: NaN or infinity.',
+    ]
 
 
 def test_log_interval_and_default_step() -> None:

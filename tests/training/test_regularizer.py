@@ -794,7 +794,7 @@ def test_measure_sigma_max_and_residual_enclose_the_true_value() -> None:
     assert estimate.sigma_max <= float(sigma[0]) * (1 + 1e-14)
     assert float((sigma - estimate.sigma_max).abs().min()) <= estimate.residual + 1e-14
     assert estimate.strength == 0.25
-    assert estimate.penalty <= penalty(layer.weight.detach()) + 1e-14
+    assert estimate.penalty <= penalty(layer.weight.detach()) * (1 + 1e-14)
 
 
 def test_all_weights_frozen_later_is_a_no_op() -> None:

@@ -1,4 +1,4 @@
-"""Estimates of a weight during training, without a decomposition.
+"""Estimates of a weight during training.
 
 Letters: S (m, n) a weight; sigma_1 >= ... >= sigma_nu its singular values, nu = min(m, n); kappa =
 sigma_1/sigma_nu.
@@ -8,16 +8,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+NOT_FINITE = "not finite: contains NaN or infinity"
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """Estimates from one product with a weight, computed in float32 or wider.
+    """Estimates from a few products with a weight, computed in float32 or wider.
 
     Attributes:
-        sigma_max: ||S v|| for a unit vector v: a lower bound of the spectral norm sigma_1.
+        sigma_max: ||S v|| for a unit vector v, an estimate of sigma_1 from below; if the condition
+            number was requested, sigma_1 itself, measured in float64.
         residual: ||S^T u - sigma_max v||; some singular value is within this distance of
-            sigma_max.
-        stable_rank: ||S||_F^2/sigma_max^2, an upper bound, between 1 and nu; nu means kappa = 1.
+            sigma_max. It is 0 if sigma_max was measured.
+        stable_rank: ||S||_F^2/sigma_max^2, between 1 and nu, estimated from above; nu means
+            kappa = 1.
         penalty: the penalty at strength 1 for that vector, a lower bound; nan under a hard limit
             and under `IsometryStep`, which have no penalty.
         strength: the strength that was or would be applied at this step; nan under a hard limit
@@ -30,6 +34,7 @@ class Estimate:
             gradient; widen the block.
         nu: min(m, n).
         condition_number: sigma_1/sigma_nu, measured in float64; None if it was not requested.
+        sigma_min: sigma_nu, measured in float64 together with the condition number; else None.
         excess: the factor by which the weight exceeded its hard limit, for a stack the largest;
             None if it is unknown. For a watched weight, it is the largest factor that checks and
             decompositions have found since the last report of `log`, after immediate clipping. For
@@ -54,6 +59,7 @@ class Estimate:
     shortened_steps: int
     nu: int
     condition_number: float | None = None
+    sigma_min: float | None = None
     crowded: bool = False
     excess: float | None = None
     condition_before: float | None = None

@@ -18,6 +18,9 @@ from wellcond.rules.penalty import Penalty
 class ConditionPenalty(Penalty):
     """The condition-number regulariser r(S) = 1/2 ||S||_2^2 - ||S||_F^2/(2 nu).
 
+    S (m, n) is the weight, sigma_1 >= ... >= sigma_nu are its singular values, nu = min(m, n), and
+    u_i, v_i are its singular vectors.
+
     r >= 0, and r(S) = 0 exactly for S of full rank with condition number 1 (Nenov, Haider & Balazs,
     arXiv 2410.00169, Theorem 2.1). Its unit is that of a squared singular value. If sigma_1 is
     simple, the gradient is sigma_1 u_1 v_1^T - S/nu (Theorem 3.1).

@@ -43,12 +43,12 @@ _ROOM = 1e-6  # the share of the largest float up to which gradients are compute
 class OrthogonalityPenalty(Penalty):
     """The distance of a weight from an isometry of this scale: 1/4 ||S^T S - scale^2 I||_F^2.
 
-    If m < n, S S^T replaces S^T S. The penalty equals 1/4 sum_i (sigma_i^2 - scale^2)^2, and it is
-    0 exactly if all singular values equal the scale. The gradient S (S^T S - scale^2 I) is dense:
-    it costs a Gram matrix and a product. Unlike `ConditionPenalty`, it acts on all singular values,
-    including small ones. In float32 the value, a fourth power, is inf if sigma_1 is above about
-    4e9, and a weight with sigma_1 above about 1e10 gets no gradient. In float64 these bounds are
-    1e77 and 1e100.
+    S (m, n) is the weight, and sigma_1 >= ... >= sigma_nu are its singular values. If m < n, S S^T
+    replaces S^T S. The penalty equals 1/4 sum_i (sigma_i^2 - scale^2)^2, and it is 0 exactly if all
+    singular values equal the scale. The gradient S (S^T S - scale^2 I) is dense: it costs a Gram
+    matrix and a product. Unlike `ConditionPenalty`, it acts on all singular values, including small
+    ones. In float32 the value, a fourth power, is inf if sigma_1 is above about 4e9, and a weight
+    with sigma_1 above about 1e10 gets no gradient. In float64 these bounds are 1e77 and 1e100.
 
     When attached, it performs the step of `IsometryStep` with theta = min(1, 2 eta scale^2), where
     eta = learning rate * strength, at all scales. For theta < 1 this is the explicit gradient step.
@@ -117,12 +117,12 @@ class OrthogonalityPenalty(Penalty):
 class IsometryStep(Rule):
     """A step towards an isometry, S <- S + (theta/2) S (I - S^T S/scale^2), without a penalty.
 
-    It keeps weights near scale times an isometry during training, independently of the learning
-    rate: every singular value s, in units of the scale, becomes s (1 + (theta/2) (1 - s^2)). A step
-    costs a Gram matrix on the smaller side and a matrix product. `attach` applies it after every
-    10th optimizer step by default, as for penalties. `proximal_step` performs one step, whatever
-    `lr` and `steps` are. `reg()` and `reg.add_gradients()` raise an error, and `reg.enforce()`
-    skips it.
+    S (m, n) is the weight. If m < n, the step acts on S^T. It keeps weights near scale times an
+    isometry during training, independently of the learning rate: every singular value s, in units
+    of the scale, becomes s (1 + (theta/2) (1 - s^2)). A step costs a Gram matrix on the smaller
+    side and a matrix product. `attach` applies it after every 10th optimizer step by default, as
+    for penalties. `proximal_step` performs one step, whatever `lr` and `steps` are. `reg()` and
+    `reg.add_gradients()` raise an error, and `reg.enforce()` skips it.
 
     Before a step, singular values above 1.5 scale are clipped to 1.5 scale. Clipping to the scale
     itself would erase the initialisation. One step brings s closer to 1 if s (s + 1) < 4/theta, and

@@ -108,7 +108,8 @@ class Limit(Rule):
         if not pace.passed:
             value = self.describe_excess(pace.excess, pace.condition_number)
             text = f"before the last application: {value}{pace.excess:.4g} times its limit"
-        return f"{text}; {pace.interval} steps after the previous one" if pace.interval else text
+        steps = f"{pace.interval} step{'s' * (pace.interval != 1)}"
+        return f"{text}; {steps} after the previous one" if pace.interval else text
 
     def describe_excess(self, excess: float, condition_number: float) -> str:
         """Describes for users the value that exceeded the limit by this factor; "" if unknown."""

@@ -26,9 +26,11 @@ _LOWEST = 0.01
 class StableRankPenalty(Penalty):
     """The condition-number regulariser relative to the scale: r/sigma_1^2 = (1 - srank/nu)/2.
 
-    srank = ||S||_F^2/sigma_1^2 is the stable rank, between 1 and nu. The penalty is in [0, 1/2),
-    and it is 0 exactly for kappa = 1. Unlike `ConditionPenalty`, it is scale-invariant: c S has the
-    same penalty as S, so shrinking a weight does not lower it.
+    S (m, n) is the weight, nu = min(m, n), u_1, v_1 and sigma_1 are its first singular vectors and
+    its largest singular value, and r is the penalty of `ConditionPenalty`. srank =
+    ||S||_F^2/sigma_1^2 is the stable rank, between 1 and nu. The penalty is in [0, 1/2), and it is
+    0 exactly for kappa = 1. Unlike `ConditionPenalty`, it is scale-invariant: c S has the same
+    penalty as S, so shrinking a weight does not lower it.
 
     If sigma_1 is simple, the gradient is c S - c srank sigma_1 u_1 v_1^T with c = -1/(nu
     sigma_1^2); it is 0 at S = 0. The gradient is orthogonal to S and scales as 1/||S||_F, so plain
@@ -108,6 +110,9 @@ def _stable_rank(S: Operator, image: Image) -> Tensor:
 
 class SpectralNormPenalty(Penalty):
     """Half the squared excess of the spectral norm over a target: 1/2 (sigma_1 - target)_+^2.
+
+    sigma_1 >= ... >= sigma_nu are the singular values of the weight, u_i and v_i its singular
+    vectors, and eta = learning rate * strength is the length of a proximal step.
 
     It is a soft upper bound on sigma_1, for networks whose Lipschitz constant should remain
     bounded. For a bound that must hold, use `SingularValueLimit(upper=target)`. The penalty does

@@ -34,6 +34,7 @@ _LEAST_HEADROOM = 1.05  # with less, each projection is measured
 _CLUSTER = 1.5  # below this kappa, blocks of singular vectors do not resolve the ends of a spectrum
 # If rounding may add more than this share to kappa, a weight is measured after a projection.
 _ROUNDING = 0.2
+_NO_LOWER = "No lower bound is known for the smallest singular value of a convolution."
 
 
 def _describe(rule: Any) -> str:
@@ -185,12 +186,17 @@ def _status(S: SpectralOperator, verdict: Verdict) -> Tensor:
 class ConditionLimit(SpectralLimit):
     """The hard limit kappa <= K, and sigma_1 <= upper if `upper` is given.
 
+    kappa = sigma_1/sigma_nu is the condition number of the weight, the ratio of its largest to its
+    smallest singular value. K is `max_condition`.
+
     `reg.enforce()` and `attach(optimizer, every=N)` replace a weight that exceeds the limit by a
     nearest one that satisfies it (see `nearest`), as measured in float64 after rounding to the
     dtype of the weight. `attach(optimizer)` watches the weight by estimates of kappa: when the
     estimate exceeds 1 + 0.97 (K - 1), the weight is projected to kappa = 1 + (K - 1)/headroom, so
-    that kappa is about K or less after every step. Without `upper`, the limit is scale-invariant:
-    c S satisfies it if S does. A zero weight has no condition number and remains zero.
+    that kappa is about K or less after every step: at most 1.05 K from the 20th step on, as
+    measured, not proven. Without `upper`, the limit is scale-invariant: nonzero multiples of a
+    weight within the limit are within it too. A zero weight has no condition number and remains
+    zero.
 
     A limit is not a `Penalty`: it has neither a value nor a gradient, so `reg()` and
     `reg.add_gradients()` raise an error.
@@ -202,11 +208,12 @@ class ConditionLimit(SpectralLimit):
         headroom: the factor by which a watched weight is projected inside the limit, at least 1. A
             larger headroom makes projections rarer. Below 1.05, each projection is measured in
             float64.
+        acting: must be False; only `SingularValueLimit` limits a convolution as a linear operator.
 
     Raises:
-        ValueError: K < 1 or nan; upper is not positive and finite; headroom < 1. When the limit is
-            applied: rounding to the dtype always raises kappa of a weight above K, as in bfloat16
-            for K below about 1.004.
+        ValueError: K < 1 or nan; upper is not positive and finite; headroom < 1; acting is True.
+            When the limit is applied: no weight that is rounded to the dtype can satisfy K, as in
+            bfloat16 for K below about 1.004.
         TypeError: an argument is not a number.
 
     Example:
@@ -221,8 +228,14 @@ class ConditionLimit(SpectralLimit):
     max_condition: float
     upper: float | None = field(default=None, kw_only=True)
     headroom: float = field(default=1.5, kw_only=True)
+    acting: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
+        if self.acting:
+            raise ValueError(
+                f"`acting` must be False for ConditionLimit, got {self.acting!r}. {_NO_LOWER} To "
+                "limit its largest singular value, use SingularValueLimit(upper=..., acting=True)."
+            )
         object.__setattr__(self, "max_condition", check_limit(self.max_condition))
         _check_bounds(self, "upper")
 
@@ -296,17 +309,19 @@ class ConditionLimit(SpectralLimit):
 class SingularValueLimit(SpectralLimit):
     """The hard limits lower <= sigma_nu and sigma_1 <= upper, either or both.
 
+    sigma_1 is the largest singular value of the weight, and sigma_nu the smallest.
+
     Use them for layers that must be Lipschitz (upper), invertible (lower) or nearly isometric
     (both). `reg.enforce()` and `attach(optimizer, every=N)` clip the singular values of a weight
     outside the bounds, which gives the nearest weight in the Frobenius norm, as measured in float64
     after rounding to the dtype of the weight. Unlike `ConditionLimit`, the bounds fix the scale.
 
-    `attach(optimizer)` watches the weight by estimates, so that the bounds hold nearly exactly
-    after every step. With `upper` only, each step refines a block of 16 leading singular vectors
-    and clips their singular values. If all of them are near the bound, others may be near it too,
-    and the weight is decomposed and projected to upper/headroom. With `lower`, a weight that comes
-    near a bound is projected inside both bounds, by the smaller of headroom and
-    (upper/lower)^(1/4).
+    `attach(optimizer)` watches the weight by estimates, so that the bounds nearly hold after every
+    step: sigma_1 is at most 1.01 upper from the 20th step on, as measured, not proven. With `upper`
+    only, each step refines a block of 16 leading singular vectors and clips their singular values.
+    If all of them are near the bound, others may be near it too, and the weight is decomposed and
+    projected to upper/headroom. With `lower`, a weight that comes near a bound is projected inside
+    both bounds, by the smaller of headroom and (upper/lower)^(1/4).
 
     With `lower`, all singular values of a zero weight become `lower`. Its singular vectors are
     arbitrary, but the same each time.
@@ -352,8 +367,8 @@ class SingularValueLimit(SpectralLimit):
             raise TypeError(f"`acting` must be a bool, got {type(self.acting).__name__}.")
         if self.acting and self.lower is not None:
             raise ValueError(
-                f"`lower` must be None if `acting` is True, got {self.lower}. No lower bound is "
-                "known for the smallest singular value of a convolution. Use `upper` only."
+                f"`lower` must be None if `acting` is True, got {self.lower}. {_NO_LOWER} Use "
+                "`upper` only."
             )
         _check_bounds(self, "lower", "upper")
         if not self._lower <= self._upper:

@@ -14,7 +14,8 @@ from wellcond.rules.penalty import Penalty
 class TikhonovPenalty(Penalty):
     """Tikhonov regularisation 1/2 ||S||_F^2, also known as L2 or weight decay.
 
-    The gradient is S, and the proximal step is S/(1 + eta). The penalty shrinks all singular values
+    S is the weight, and eta = learning rate * strength is the length of a proximal step. The
+    gradient is S, and the proximal step is S/(1 + eta). The penalty shrinks all singular values
     by the same factor, so it does not lower the condition number by itself. It is the baseline of
     arXiv 2410.00169.
 

@@ -22,6 +22,7 @@ from wellcond.operators.subspace import (
     Subspace,
     align_sides,
     by_columns,
+    krylov_image,
     read_image,
     refine,
     warm_up,
@@ -66,6 +67,12 @@ class Batch(NamedTuple):
         for state, own in zip(self.states, each if memory else (), strict=False):
             state.memory = dict(zip(memory, own, strict=True))
 
+    def remember(self, subspace: Subspace) -> None:
+        """Stores the subspaces of the batch in the states of its weights."""
+        basis, from_right = subspace
+        for state, (own,) in zip(self.states, self.each(basis), strict=True):
+            state.remember(Subspace(own, from_right))
+
     def lacks_values(self) -> bool:
         """Whether a weight is on the meta device."""
         return any(lacks_values(p) for state in self.states for p in state.weight.parameters)
@@ -88,11 +95,8 @@ class Look(NamedTuple):
 
     def remember(self) -> None:
         """Stores the refined subspaces in the states of the weights."""
-        if self.subspace is None:
-            return
-        basis, from_right = self.subspace
-        for state, (own,) in zip(self.batch.states, self.batch.each(basis), strict=True):
-            state.remember(Subspace(own, from_right))
+        if self.subspace is not None:
+            self.batch.remember(self.subspace)
 
 
 def group_weights(
@@ -108,6 +112,14 @@ def group_weights(
         batch.states.append(state)
         batch.operators.append(S)
     return list(groups.values())
+
+
+def look_closely(batch: Batch, sweeps: int) -> tuple[Operator, Image]:
+    """The image of a block Krylov space of every weight of a batch; no state changes."""
+    S, starts = batch.S, [state.subspace for state in batch.states]
+    if len(starts) > 1:
+        starts = [_stack_subspaces(align_sides(batch.operators, starts))]
+    return S, krylov_image(S, starts[0], sweeps)
 
 
 def look(group_weights: Sequence[Batch], replicas: Replicas | None = None) -> list[Look]:

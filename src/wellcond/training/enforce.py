@@ -57,7 +57,7 @@ def enforce(model: nn.Module, rule: Limit | Mapping[str, Limit | None]) -> None:
                 "use a Regularizer during training."
             )
     refuse_flat_parameters(model)
-    chosen, _ = select(unwrapped(model), rule, frozen=True, parameter="rule")
+    chosen, _ = select(unwrapped(model), rule, frozen=True, parameter="rule", purpose="limit")
     states = [WeightState(weight, limit, block_size=1) for weight, limit in chosen]
     refuse_without_proximal_step(states)
     oversights = Oversights(unwrapped(model), states)

@@ -6,13 +6,17 @@ logged only on request.
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from wellcond.linalg.checks import as_count
-from wellcond.report.estimate import Estimate
+from wellcond.report.estimate import NOT_FINITE, Estimate
+from wellcond.text import quote_subject
+
+logger = logging.getLogger("wellcond")
 
 WORST = 5
 
@@ -24,11 +28,20 @@ def log(
     every: int,
     layers: bool,
     prefix: str,
+    named: set[str],
 ) -> dict[str, float] | None:
-    """Measures and logs every `every` steps; see `Regularizer.log`."""
+    """Measures and logs every `every` steps; see `Regularizer.log`.
+
+    A warning names each weight that is not finite, once: `named` contains those it has named.
+    """
     if step % as_count(every, "`every`"):
         return None
-    values = report(measure(), layers, prefix)
+    estimates = measure()
+    values = report(estimates, layers, prefix)
+    lost = [n for n, e in estimates.items() if e.status == NOT_FINITE and n not in named]
+    if lost:
+        named.update(lost)
+        logger.warning("%s not finite at step %d: NaN or infinity.", quote_subject(lost), step)
     send(values, target, step)
     return values
 
@@ -75,6 +88,9 @@ def report(
             values["limit/interval/median"] = statistics.median(intervals)
         kappas = {n: e.condition_number for n, e in sound.items() if e.condition_number is not None}
         if kappas:
+            values["sigma_min/smallest"] = min(
+                e.sigma_min for e in sound.values() if e.sigma_min is not None
+            )
             values["condition_number/largest"] = max(kappas.values())
             values["condition_number/median"] = statistics.median(kappas.values())
             worst = sorted(kappas, key=lambda name: -kappas[name])[:WORST]
@@ -88,6 +104,8 @@ def report(
             values[f"weights/{name}/stable_rank_share"] = e.stable_rank / e.nu
             if not math.isnan(e.penalty):  # a hard limit has none
                 values[f"weights/{name}/penalty"] = e.penalty
+            if e.sigma_min is not None:
+                values[f"weights/{name}/sigma_min"] = e.sigma_min
             if e.condition_number is not None:
                 values[f"weights/{name}/condition_number"] = e.condition_number
     return {f"{prefix}/{name}": float(value) for name, value in values.items()}

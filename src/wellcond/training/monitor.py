@@ -12,7 +12,7 @@ from wellcond.operators.rounding import full_precision
 from wellcond.report.estimate import Estimate
 from wellcond.rules.base import Rule
 from wellcond.rules.condition import ConditionPenalty
-from wellcond.training.batch import group_weights, look
+from wellcond.text import format_count
 from wellcond.training.estimates import estimate_weights
 from wellcond.training.log import log
 from wellcond.training.oversights import warn_of_stored
@@ -25,16 +25,21 @@ from wellcond.weights.reasons import Skipped
 class Monitor:
     """Measures the weights of a model while it trains, and changes nothing.
 
-    A measurement costs a few products of each weight with a few vectors, and one copy to the host
-    for all weights together. The monitor keeps the vectors, so estimates become more accurate with
-    each measurement.
+    A measurement costs about 25 products of each weight with `block_size` vectors, and one copy to
+    the host for all weights together. sigma_max is estimated from below: with a block of 8, the
+    first estimate was at most 0.5 % too low for Gaussian matrices from 64x64 to 1024x1024, and
+    estimates in training with Adam at most 0.2 %. The monitor keeps the vectors, so the next
+    measurement starts from them, and the estimates of a weight that does not change become more
+    accurate.
 
     Args:
         model: the model. Wrappers of torch.compile and DistributedDataParallel are unwrapped.
-        patterns: the weights to watch, as patterns of `fnmatch.fnmatchcase`.
+        patterns: the weights to watch, as patterns of `fnmatch.fnmatchcase`. Frozen weights are
+            watched too.
         block_size: the number of leading singular vectors per weight.
-        condition_numbers: also measure kappa, in float64. This takes about as long as an SVD per
-            weight. A sharded weight is gathered for it on every process, one weight at a time.
+        condition_numbers: also measure sigma_max, sigma_min and kappa, in float64. This takes about
+            as long as an SVD per weight. A sharded weight is gathered for it on every process, one
+            weight at a time.
 
     Raises:
         ValueError: a pattern matches nothing, or the patterns select no weight.
@@ -61,16 +66,19 @@ class Monitor:
             raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
         each = [patterns] if isinstance(patterns, str) else list(patterns)
         penalties: dict[str, Rule | None] = {pattern: ConditionPenalty(0.0) for pattern in each}
-        chosen, self._skipped = select(unwrapped(model), penalties, parameter="patterns")
+        chosen, self._skipped = select(
+            unwrapped(model), penalties, frozen=True, parameter="patterns", purpose="watch"
+        )
         self.block_size = as_count(block_size, "`block_size`")
         self.condition_numbers = condition_numbers
         self._states = [WeightState(weight, penalty, self.block_size) for weight, penalty in chosen]
         self._calls = 0
+        self._named: set[str] = set()
         warn_of_stored(self._states)
 
     def __repr__(self) -> str:
-        count = len(self._states)
-        return f"Monitor of {count} weight{'s' * (count != 1)}, {len(self._skipped)} skipped"
+        weights = format_count(len(self._states), "weight")
+        return f"Monitor of {weights}, {len(self._skipped)} skipped"
 
     @property
     def names(self) -> list[str]:
@@ -85,10 +93,9 @@ class Monitor:
     def measure(self) -> dict[str, Estimate]:
         """Estimates the singular values of every weight, as `Regularizer.measure` does."""
         with full_precision(self._states[0].weight.parameters[0].device.type):
-            operators = [state.operator() for state in self._states]
-            for seen in look(group_weights(self._states, operators)):
-                seen.remember()
-            return estimate_weights(self._states, self.block_size, self.condition_numbers)
+            return estimate_weights(
+                self._states, self.block_size, self.condition_numbers, remember=True
+            )
 
     def log(
         self,
@@ -99,10 +106,11 @@ class Monitor:
         layers: bool = False,
         prefix: str = "wellcond",
     ) -> dict[str, float] | None:
-        """Logs estimates every `every` steps, as `Regularizer.log` does.
+        """Logs estimates at steps that are multiples of `every`, as `Regularizer.log` does.
 
-        Without `step` the monitor counts the calls of this method, from 0.
+        Without `step` the monitor counts the calls of this method, from 0. A warning names each
+        weight that contains NaN or infinity, once.
         """
         step = self._calls if step is None else step
         self._calls += 1
-        return log(self.measure, target, step, every, layers, prefix)
+        return log(self.measure, target, step, every, layers, prefix, self._named)

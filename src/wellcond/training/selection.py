@@ -24,11 +24,17 @@ Rules = Rule | Mapping[str, Rule | None]
 
 
 def select(
-    model: nn.Module, rules: Rules, *, frozen: bool = False, parameter: str = "rules"
+    model: nn.Module,
+    rules: Rules,
+    *,
+    frozen: bool = False,
+    parameter: str = "rules",
+    purpose: str = "regularise",
 ) -> tuple[list[tuple[Weight, Rule]], dict[str, Skipped]]:
-    """Returns the weights to regularise with their rules, and why other parameters are skipped.
+    """Returns the selected weights with their rules, and why other parameters are skipped.
 
-    Frozen weights are selected only if `frozen`. Errors name the argument `parameter`.
+    Frozen weights are selected only if `frozen`. Errors name the argument `parameter` and the
+    purpose of the selection, a verb.
     """
     if not isinstance(rules, Rule | Mapping):
         raise TypeError(
@@ -102,7 +108,7 @@ def select(
     if not found.weights:
         reasons = list_some((f"{name}: {why}" for name, why in skipped.items()), separator="; ")
         raise ValueError(
-            "`model` must have at least one weight to regularise, but contains no matrix "
+            f"`model` must have at least one weight to {purpose}, but contains no matrix "
             f"({reasons})."
         )
     for pattern, wanted in patterns.items():

@@ -25,7 +25,7 @@ from wellcond.rules.base import Movement, Need, Rule, RuleState
 from wellcond.rules.outcome import Worst
 from wellcond.rules.pace import Pace
 from wellcond.rules.watch import LARGEST, EndsWatch, Watch
-from wellcond.text import quote_names
+from wellcond.text import format_count, format_times, quote_names
 from wellcond.training.record import Record
 from wellcond.weights.discover import Weight
 
@@ -228,8 +228,9 @@ class WeightState:
             if paced:
                 return "\n".join([*lines, *filter(None, [self.rule.describe(self.memory)])])
         if record.steps:
-            counts = f"projected {record.applications} times in {record.steps} steps"
-            lines.append(f"{counts}, decomposed {record.decompositions} times")
+            projected, decomposed = map(format_times, (record.applications, record.decompositions))
+            steps = format_count(record.steps, "step")
+            lines.append(f"projected {projected} in {steps}, decomposed {decomposed}")
         if not math.isnan(record.largest):
             lines.append(f"at most {record.largest:.4g} times its limit since the last report")
         if record.recent > _OFTEN:
