@@ -79,7 +79,7 @@ def setup(app: Any) -> None:
     """Adds the style of results to the pages that have them."""
 
     def style(app: Any, name: str, template: str, context: Any, tree: Any) -> None:
-        if name.partition("/")[0] == "evidence":
+        if name.startswith("evidence/"):
             app.add_css_file("evidence.css")
 
     app.connect("html-page-context", style)
