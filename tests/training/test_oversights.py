@@ -103,6 +103,15 @@ def test_two_regularisers_on_one_weight_warn(
     assert len(reg.attachments) == 1
 
 
+@pytest.mark.parametrize("acting", [True, False])
+def test_batch_norm_under_an_acting_limit_warns(
+    acting: bool, said: Callable[[], list[str]]
+) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2))
+    wc.Regularizer(model, wc.SingularValueLimit(upper=1, acting=acting)).enforce()
+    assert any("The model contains BatchNorm (1)" in one for one in said()) is acting
+
+
 def test_weight_parametrized_later_is_rejected() -> None:
     layer = nn.Linear(4, 4)
     reg = wc.Regularizer(layer, wc.ConditionPenalty(0.1))

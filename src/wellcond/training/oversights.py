@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.optimizer import Optimizer
 
 from wellcond.operators.acting import flattening_factor
 from wellcond.operators.convolution import Geometry
 from wellcond.operators.views import is_kernel
-from wellcond.text import quote_names, quote_subject
+from wellcond.rules.convolution import ConvolutionLimit
+from wellcond.text import list_some, quote_names, quote_subject
 from wellcond.training.attachment import Attachment, attachments, has_modes
 from wellcond.training.bypass import is_replaced
 from wellcond.training.conflicts import count_nonzeros, find_masked, find_quantised
@@ -177,6 +179,17 @@ class Oversights:
                 quote_names(factors),
                 f"{max(factors.values()):.3g}",
             )
+        model = self._model() if self._model is not None else None
+        if model is not None and any(isinstance(state.rule, ConvolutionLimit) for state in limited):
+            norms = [name for name, one in model.named_modules() if isinstance(one, _BatchNorm)]
+            if norms:
+                self._warn_once(
+                    "norms",
+                    "The model contains BatchNorm (%s), which scales its inputs by a factor that "
+                    "acting=True does not limit. For a bound on the Lipschitz constant of the "
+                    "model, remove it.",
+                    list_some(norms, 3),
+                )
 
     @contextlib.contextmanager
     def watch_zeros(self, states: Sequence[WeightState]) -> Iterator[None]:
