@@ -51,7 +51,7 @@ class CodeOrName(SphinxRole):
         return [reference], []
 
     def _target(self) -> str | None:
-        """The full name of the public name at the start of the code; None if there is none."""
+        """The full name of the public name at the start of the code, or None."""
         found = _DOTTED.fullmatch(self.text)
         if found is None:
             return None

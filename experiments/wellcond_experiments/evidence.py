@@ -148,7 +148,7 @@ class Evidence:
         return Table(title, header, rows)
 
     def _infinite(self, metric: str, fields: dict[str, Any]) -> str:
-        """Counts the infinite values of a metric, as text; "" if there are none."""
+        """Counts the infinite values of a metric, as text, or ""."""
         values = [math.isinf(value) for value in self.where(**fields)[metric]]
         return f"inf in {sum(values)} of {len(values)}" if any(values) else ""
 

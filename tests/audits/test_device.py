@@ -106,10 +106,14 @@ def test_each_process_of_a_machine_has_its_own_gpu() -> None:
     with (
         mock.patch("torch.cuda.is_available", return_value=True),
         mock.patch("torch.cuda.device_count", return_value=2),
-        mock.patch.object(module, "_check_arithmetic"),
+        mock.patch.object(module, "_check_arithmetic") as check,
     ):
         assert as_device("cuda") == torch.device("cuda:0")
         assert as_device("cuda", local_rank=1) == torch.device("cuda:1")
+        assert [call.args for call in check.call_args_list] == [
+            (torch.device("cuda:0"),),
+            (torch.device("cuda:1"),),
+        ]
         assert as_device("cuda:0", local_rank=1) == torch.device("cuda:0")
         with pytest.raises(ValueError, match='"cuda:2" is not one of the 2'):
             as_device("cuda", local_rank=2)

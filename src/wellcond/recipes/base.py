@@ -97,7 +97,7 @@ class Content:
         return self.read(name)
 
     def quantization(self) -> Mapping[str, Any]:
-        """The quantisation settings in config.json; {} if there are none, or if two differ."""
+        """The quantisation settings in config.json; {} without any, or if two differ."""
         return self._quantization
 
     @cached_property

@@ -72,7 +72,7 @@ def find_mxfp4(content: Content) -> Iterator[Candidate]:
 
 
 def _find_scales(content: Content, name: str) -> str:
-    """The name of the scales of codes that look like one of the formats; "" if there are none."""
+    """The name of the scales of codes that look like one of the formats, or ""."""
     dtype, method = content.dtype(name), content.quantization().get("quant_method")
     stem, dot, own = name.rpartition(".")
     names = [f"{stem}{dot}{scale.format(own)}" for scale in _SCALES]

@@ -37,10 +37,10 @@ class Scaled(Recipe):
         each: the names of parts, other than the codes, that have a separate value per matrix of a
             stack.
         transposed: whether codes, scales and blocks belong to the transpose of W.
-        zeros: the part with the zero points, one per block; "" if there is none.
+        zeros: the part with the zero points, one per block, or "".
         symmetric: whether all zero points must be zero.
         order: the part with the block of columns of each column; "" if blocks are consecutive.
-        factor: the part with a number by which W is multiplied; "" if there is none.
+        factor: the part with a number by which W is multiplied, or "".
         divides: whether W is divided by the factor instead.
     """
 

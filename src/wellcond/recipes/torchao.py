@@ -51,7 +51,7 @@ class Torchao(Recipe):
     Attributes:
         block: the number of entries along each side that have one scale.
         elements: "float4" for two codes per byte, or a key of `_FLOAT6`; "" for plain numbers.
-        zero_points: the part with z; "" if there is none.
+        zero_points: the part with z, or "".
         factor: the part with a factor of the weight, or with one per matrix of a stack.
         columns: the part with factors of the inputs.
         tiled: whether the scales are stored in tiles.

@@ -44,7 +44,7 @@ class Estimate:
             unknown.
         sigma_before: sigma_1 at the last check, before clipping; None if it is unknown.
         interval: the number of optimizer steps between the last two applications of the limit;
-            None if there is none yet or the weight is watched.
+            None before the first, and for a watched weight.
         applications: how often a watched weight was projected after a decomposition.
         applied_share: the share of the last steps, about 40, at which it was projected.
         status: "" if there is no problem, else the problem with the weight.

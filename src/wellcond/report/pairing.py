@@ -185,7 +185,7 @@ class Pair(NamedTuple):
 
     @property
     def note(self) -> str:
-        """Different dtypes, and the explanations of both sides; "" if there are none."""
+        """Different dtypes, and the explanations of both sides, or ""."""
         old, new = self.before, self.after
         said = []
         if old and new:

@@ -427,7 +427,7 @@ def _try_svd(S: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
 def _nearest_stored(S: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
     """A nearest matrix (m, n) that is within the bounds as stored, and a verdict.
 
-    The margin is inf if there is none. For (g, m, n), a nearest block-diagonal matrix.
+    Without such a matrix the margin is inf. For (g, m, n), a nearest block-diagonal matrix.
     """
     unknown = torch.tensor([math.nan, math.nan, 0.0], dtype=torch.float64, device=S.device)
     if not bool(torch.isfinite(S).all()):

@@ -502,7 +502,11 @@ def limit_condition_number(S: Tensor, max_condition: float) -> LimitedMatrix:
 
 
 def _project_copy(S: Tensor, limit: SpectralLimit) -> tuple[Tensor, Verdict]:
-    """A copy of S that satisfies the limit, and the verdict on S; ValueError if there is none."""
+    """A copy of S that satisfies the limit, and the verdict on S.
+
+    Raises:
+        ValueError: no copy satisfies the limit once it is rounded to the dtype of S.
+    """
     weight = StoredMatrix(S.clone())
     (verdict,) = project([weight], limit)
     code = OutcomeStatus(int(_status(weight, verdict).min()))

@@ -305,7 +305,7 @@ def check_rates(optimizer: Optimizer, states: Sequence[WeightState]) -> None:
 def _rate(lr: Any) -> float:
     """By how much a step brings a hard limit closer: the learning rate, or 1 if it is unknown.
 
-    It is unknown if there is none, or if it is on a device and reading it would wait.
+    It is unknown without a learning rate, or if it is on a device and reading it would wait.
     """
     known = isinstance(lr, float | numbers.Real) or (isinstance(lr, Tensor) and lr.is_cpu)
     rate = abs(float(lr)) if known else 1.0

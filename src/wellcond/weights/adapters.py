@@ -296,7 +296,7 @@ def find_adapter_parameters(names: Iterable[str], config: Mapping[str, Any]) -> 
 
     Args:
         names: the names of all tensors of a file.
-        config: the content of adapter_config.json in its folder; empty if there is none.
+        config: the content of adapter_config.json in its folder; empty without that file.
     """
     names = list(names)
     kind = str(config.get("peft_type") or "").upper()
@@ -324,7 +324,7 @@ def find_other_adapter(name: str, others: Mapping[str, Skipped]) -> str:
 
 
 def _identify_other(name: str, kind: str) -> str:
-    """The kind of the other adapter that a tensor belongs to; "" if there is none."""
+    """The kind of the other adapter that a tensor belongs to, or ""."""
     parts = re.split(r"[./]", name)
     if any(map(_ANY_OTHER.fullmatch, parts)):
         for known, pattern in _OTHER_ADAPTERS.items():
@@ -436,7 +436,7 @@ def read_settings_of_model(model: nn.Module) -> Setting:
 def find_adapted_weight(
     adapter: Adapter, names: Collection[str], beside: bool = False
 ) -> str | None:
-    """The name of the adapted weight among these names; None if there is none, or several.
+    """The name of the adapted weight among these names, or None if not exactly one fits.
 
     In the file of its adapter it is called `base_layer`. In a base it has the name of its module,
     or one of the two names ends with the other: `layers.0.q_proj.weight` of a body is

@@ -155,7 +155,7 @@ def _look_at(
 
 
 def _note_of_tied(aliases: Sequence[str], places: Sequence[Source], value: Tensor) -> str:
-    """A remark on layers that share a weight but use it differently; "" if there are none."""
+    """A remark on layers that share a weight but use it differently, or ""."""
     owners = [place.owner for place in places]
     weights = all(place.attribute == "weight" for place in places)
     if len(places) == 1 or not weights or not any(map(has_own_forward, owners)):

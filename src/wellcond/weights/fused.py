@@ -103,7 +103,7 @@ def cut_equally(names: str, rows: int) -> dict[str, View]:
 
 
 def cut_attention(module: Module) -> Cut | None:
-    """The layout of the fused projection of query, key and value; None if there is none.
+    """The layout of the fused projection of query, key and value, or None.
 
     Raises:
         UnknownLayoutError: there is one, but its layout is unknown.
@@ -246,7 +246,7 @@ def find_views_in_file(
 
     Args:
         shapes: the shapes of all its tensors, by name.
-        config: the content of config.json; empty if there is none.
+        config: the content of config.json; empty without that file.
     """
     found: dict[str, Views] = {}
     for module in find_stored_modules(shapes, config).values():

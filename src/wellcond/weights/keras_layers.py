@@ -136,7 +136,7 @@ def snake_case(name: str) -> str:
 
 
 def kind_of(name: str) -> str:
-    """The class of Keras whose layers and groups have such a name; "" if there is none."""
+    """The class of Keras whose layers and groups have such a name, or ""."""
     kind = re.sub(r"_\d+$", "", name)
     kind = re.sub(r"^(forward|backward)_", "", kind)
     return kind if kind in _KNOWN else ""

@@ -52,7 +52,7 @@ _GUESSES = (
 
 
 def describe_groups(kernels: int) -> str:
-    """A remark on this number of kernels in a file; "" if there are none."""
+    """A remark on this number of kernels in a file, or ""."""
     if not kernels:
         return ""
     are = "1 kernel is" if kernels == 1 else f"{kernels} kernels are"

@@ -168,7 +168,7 @@ def is_conv1d(layer: object) -> bool:
 
 
 def get_part(module: Module, name: str) -> object | None:
-    """The layer or the parameter of this name; None if there is none."""
+    """The layer or the parameter of this name, or None."""
     if isinstance(module, StoredModule):
         return module.parts.get(name)
     if isinstance(module, torch.jit.ScriptModule):

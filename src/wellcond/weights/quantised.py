@@ -211,7 +211,7 @@ def count_logical_entries(
 
 
 def _read_entries(name: str, tensors: Tensors, read: Callable[[str], Tensor]) -> int:
-    """The number of entries from a shape that is stored with the codes; 0 if there is none."""
+    """The number of entries from a shape that is stored with the codes, or 0."""
     for kind in ("nf4", "fp4"):
         state = f"{name}.quant_state.bitsandbytes__{kind}"
         if state in tensors and entries(tensors[state][0]) <= _SMALL:

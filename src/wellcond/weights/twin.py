@@ -59,7 +59,7 @@ class Call(NamedTuple):
         weight: the argument in the position of the weight.
         x: its input.
         y: its output.
-        added: the tensor that the product adds, such as a bias; None if there is none.
+        added: the tensor that the product adds, such as a bias, or None.
     """
 
     name: str
