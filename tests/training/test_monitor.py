@@ -104,6 +104,38 @@ def test_first_estimates_of_dense_spectra(shape: tuple[int, int], rule: Any) -> 
         assert second <= first * 1.01  # a constant weight does not seem to grow
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(64, 64), (512, 512), (512, 128), (1024, 1024)])
+def test_documented_accuracy_of_first_estimates(shape: tuple[int, int]) -> None:
+    """The figure of docs/plain.md, on 12 seeds."""
+    for seed in range(3000, 3012):
+        layer = nn.Linear(*shape, bias=False)
+        source = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            layer.weight.copy_(torch.randn(shape[::-1], generator=source))
+        found = wc.Monitor(layer).measure()["weight"].sigma_max
+        assert 0.995 <= found / sigma_max(layer.weight) <= 1 + 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [3000, 3001])
+def test_documented_accuracy_in_training(seed: int) -> None:
+    """The other figure there, after the first report."""
+    torch.manual_seed(seed)
+    layers = [nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)]
+    model = nn.Sequential(*layers)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    inputs, targets = torch.randn(256, 512), torch.randint(10, (256,))
+    monitor = wc.Monitor(model)
+    for step in range(301):
+        for name, estimate in monitor.measure().items() if step % 50 == 0 else ():
+            found = estimate.sigma_max / sigma_max(model.get_parameter(name))
+            assert (0.998 if step else 0.995) <= found <= 1 + 1e-5
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+
+
 @pytest.mark.parametrize("condition_numbers", [False, True])
 def test_estimates_follow_training(condition_numbers: bool) -> None:
     torch.manual_seed(1)
